@@ -1,0 +1,1 @@
+"""Triton kernels of erwin_nsa, exported from `nbs/kernels`. Import them as `erwin_nsa.kernels`."""
