@@ -190,7 +190,7 @@ def body_mesh(
     if q["min_angle"] < 12 or q["volume"] <= 0: raise ValueError(f"shape: given {shape}, its mesh has {q}, needed angles above 12 degrees; change the shape")
     return v, triangles
 
-# %% ../../nbs/data/02_bodies.ipynb #b964f141
+# %% ../../nbs/data/02_bodies.ipynb #43b70f23
 @dataclass(frozen=True, eq=False)
 class Panels:
     "Geometry of flat triangular panels in float64; `panels` makes it from a mesh."
@@ -209,7 +209,8 @@ def panels(
     triangles, # (n, 3) vertex numbers, counterclockwise from outside
 )->Panels: # geometry in float64
     "Panel geometry. Raises `ValueError` for triangles without area."
-    v, t = torch.as_tensor(vertices).to(torch.float64), torch.as_tensor(triangles).to(torch.int64)
+    to = lambda a, dtype: a.to(dtype) if torch.is_tensor(a) else torch.as_tensor(np.ascontiguousarray(a)).to(dtype)
+    v, t = to(vertices, torch.float64), to(triangles, torch.int64)
     p = v[t]
     cross = torch.linalg.cross(p[:, 1] - p[:, 0], p[:, 2] - p[:, 0])
     double = cross.norm(dim=1)
@@ -275,7 +276,7 @@ _MIRROR = torch.tensor([1., -1, 1], dtype=torch.float64)
 
 def _image(x, y_ground): return x * _MIRROR + torch.tensor([0, 2 * y_ground, 0], dtype=torch.float64)
 
-# %% ../../nbs/data/02_bodies.ipynb #c3076487
+# %% ../../nbs/data/02_bodies.ipynb #1e309ea6
 @dataclass(frozen=True, eq=False)
 class PanelFlow:
     "Potential flow around a body: values at the centroids of its panels."
@@ -304,7 +305,7 @@ def source_panel_flow(
     triangles, # (n, 3) vertex numbers, counterclockwise from outside
     freestream:tuple=(0., 0., 1.), # velocity of the undisturbed air [m/s]
     y_ground:Optional[float]=None, # height of a flat road, None for free air [m]
-    chunk:int=256, # rows made at a time; bounds memory, does not change the result
+    chunk:int=64, # rows made at a time; bounds memory, does not change the result
 )->PanelFlow: # strengths, velocity and Cp at the centroids
     "Constant-strength source panels with no flow through the centroids (Hess and Smith). Raises `ValueError` for unsuitable meshes."
     p, stream = panels(vertices, triangles), torch.tensor(freestream, dtype=torch.float64)

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['Windows', 'ball_windows', 'BallCompression', 'compressed_attention', 'SelectionRule', 'select_balls']
 
-# %% ../../nbs/nn/05_compressed.ipynb #1860091d
+# %% ../../nbs/nn/05_compressed.ipynb #8677ac50
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..geometry.balltree import Slots
-from .local import check_heads, hide
-from .runtime import CHUNK_ELEMENTS, resolve_impl
+from .runtime import attend, attend_backward, resolve_impl, row_chunks
 
 # %% ../../nbs/nn/05_compressed.ipynb #ad5b19e3
 @dataclass(frozen=True, eq=False)
@@ -78,7 +78,50 @@ class BallCompression(nn.Module):
         weight = self.score(t).masked_fill(~real, torch.finfo(t.dtype).min).softmax(1)
         return (weight * t).sum(1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #70da0fc8
+# %% ../../nbs/nn/05_compressed.ipynb #7de57516
+class _CompressedTorch(torch.autograd.Function):
+    "q (S, H_kv, G, d), k and v (W + 1, H_kv, d) with the memory row last; `runs` as in `Windows`, `extra` whether to read the memory."
+    @staticmethod
+    def forward(ctx, q, k, v, runs, extra):
+        out = torch.zeros_like(q)
+        for slots, keys in _cloud_chunks(q, k, runs, extra):
+            rows = _head_first(q[slots])
+            out[slots] = _slot_first(attend(rows, k[keys].transpose(0, 1), v[keys].transpose(0, 1)), q[slots])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.runs, ctx.extra = runs, extra
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out = ctx.saved_tensors
+        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for slots, keys in _cloud_chunks(q, k, ctx.runs, ctx.extra):
+            rows = (_head_first(t[slots]) for t in (q, out, grad))
+            drows, dkeys, dvalues = _shared_backward(*rows, k[keys].transpose(0, 1), v[keys].transpose(0, 1))
+            dq[slots] = _slot_first(drows, q[slots])
+            dk[keys] += dkeys.transpose(0, 1)
+            dv[keys] += dvalues.transpose(0, 1)
+        return dq, dk, dv, None, None
+
+def _shared_backward(q, out, grad, k, v):
+    return attend_backward(q, k, v, out, grad)[:3]
+
+def _cloud_chunks(q, k, runs, extra):
+    "Slices of slots, each with the rows of its cloud's keys."
+    for slot, occupied, first, count in runs:
+        keys = torch.arange(first, first + count + extra, device=q.device)
+        if extra: keys[-1] = len(k) - 1
+        for s in row_chunks(occupied, q.shape[1] * q.shape[2] * len(keys)):
+            yield slice(slot + s.start, slot + s.stop), keys
+
+def _head_first(t): # (n, H_kv, G, d) -> (H_kv, n G, d)
+    return t.transpose(0, 1).flatten(1, 2)
+
+def _slot_first(rows, like): # (H_kv, n G, d) -> (n, H_kv, G, d)
+    return rows.unflatten(1, (len(like), -1)).transpose(0, 1)
+
+# %% ../../nbs/nn/05_compressed.ipynb #e957b099
 def compressed_attention(
     q:Tensor,  # (S, H, d) queries in ball order
     kc:Tensor, # (W, H_kv, d) compressed keys
@@ -92,19 +135,12 @@ def compressed_attention(
         raise ValueError(f"q {tuple(q.shape)}, kc {tuple(kc.shape)}, vc {tuple(vc.shape)} for {len(windows.slots)} slots and "
                          f"{len(windows)} windows; needed: (S, H, d), (W, H_kv, d), (W, H_kv, d), H a multiple of H_kv.")
     resolve_impl(impl, dict(torch=None))
-    H, H_kv, d = q.shape[1], kc.shape[1], q.shape[2]
-    parts = []
-    for (slot, occupied, first, count), size in zip(windows.runs, windows.slots.per_cloud):
-        keys, values = kc[first:first + count], vc[first:first + count]
-        if memory is not None:
-            keys, values = torch.cat([memory[0][None], keys]), torch.cat([memory[1][None], values])
-        rows = q[slot:slot + occupied].view(occupied, H_kv, H // H_kv, d).permute(1, 0, 2, 3).reshape(1, H_kv, -1, d)
-        out = F.scaled_dot_product_attention(rows, keys.transpose(0, 1)[None], values.transpose(0, 1)[None])
-        out = out.view(H_kv, occupied, H // H_kv, d).transpose(0, 1).reshape(occupied, H, d)
-        parts.append(F.pad(out, (0, 0, 0, 0, 0, size - occupied)))
-    return torch.cat(parts)
+    (S, H, d), H_kv = q.shape, kc.shape[1]
+    key, value = (torch.zeros_like(kc[0]),) * 2 if memory is None else memory
+    k, v = torch.cat([kc * d ** -0.5, (key * d ** -0.5)[None]]), torch.cat([vc, value[None]])
+    return _CompressedTorch.apply(q.view(S, H_kv, -1, d), k, v, windows.runs, memory is not None).view(S, H, d)
 
-# %% ../../nbs/nn/05_compressed.ipynb #bbd7392a
+# %% ../../nbs/nn/05_compressed.ipynb #c06c7be3
 @dataclass(frozen=True)
 class SelectionRule:
     "How balls are chosen."
@@ -141,7 +177,7 @@ def _ball_scores(q, keys, how, b, ratio, memory_key):
     count = F.pad(torch.ones_like(votes[0, 0]), (0, spare)).view(-1, ratio).sum(1)
     return F.pad(votes, (0, spare)).unflatten(-1, (-1, ratio)).sum(-1) / count
 
-# %% ../../nbs/nn/05_compressed.ipynb #83dff5d7
+# %% ../../nbs/nn/05_compressed.ipynb #04149112
 def _cloud_selection(q, keys, how, b, ratio, memory_key, balls, own_first):
     "Chosen balls of a run of one cloud's queries, numbered inside the cloud: (H_kv, rows, k'), -1 for none."
     votes = _ball_scores(q, keys, how, b, ratio, memory_key)[..., :balls]
@@ -170,11 +206,9 @@ def select_balls(
     for slot, occupied, first, count in windows.runs:
         keys, balls = kc[first:first + count], -(-occupied // b)
         heads = H if how.rule == "sum_probabilities" else H_kv
-        step = max(b, CHUNK_ELEMENTS // (heads * max(count, 1)) // b * b)
-        for at in range(0, occupied, step):
-            rows = q[slot + at:slot + min(at + step, occupied)]
-            best = _cloud_selection(rows, keys, how, b, ratio, memory_key, balls, at // per)
-            row = (slot + at) // per
+        for s in row_chunks(occupied, heads * count, multiple=b):
+            best = _cloud_selection(q[slot + s.start:slot + s.stop], keys, how, b, ratio, memory_key, balls, s.start // per)
+            row = (slot + s.start) // per
             chosen[:, row:row + best.shape[1], :best.shape[2]] = torch.where(best >= 0, best + slot // b, -1)
         if how.published: _publish(chosen[:, slot:slot + occupied], slot // b, b)
     return chosen

@@ -5,31 +5,74 @@
 # %% auto #0
 __all__ = ['check_heads', 'hide', 'local_attention']
 
-# %% ../../nbs/nn/04_local.ipynb #95d28da1
+# %% ../../nbs/nn/04_local.ipynb #16512fde
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .runtime import map_chunks, resolve_impl
+from .runtime import attend, attend_backward, resolve_impl, row_chunks
 
-# %% ../../nbs/nn/04_local.ipynb #d50eb7aa
+# %% ../../nbs/nn/04_local.ipynb #b2c83209
+def _distances(pos): # (..., m, D) -> (..., m, m), by differences: exact zeros on the diagonal
+    return torch.cdist(pos, pos, compute_mode="donot_use_mm_for_euclid_dist")
+
+class _LocalTorch(torch.autograd.Function):
+    "q (M, m, H_kv, G, d), k and v (M, m, H_kv, d), pos (M, m, D), sigma (H_kv, G), mask (M, m); one chunk of balls at a time."
+    @staticmethod
+    def forward(ctx, q, k, v, pos, sigma, mask):
+        out = torch.empty_like(q)
+        for s in _ball_chunks(q):
+            rows, keys, values = _head_first(q[s]), k[s].transpose(1, 2), v[s].transpose(1, 2)
+            hidden, blank = _ball_masks(mask[s], sigma.shape[1])
+            out[s] = _slot_first(attend(rows, keys, values, hidden, _bias(_distances(pos[s]), sigma), blank), q[s])
+        ctx.save_for_backward(q, k, v, pos, sigma, mask, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, pos, sigma, mask, out = ctx.saved_tensors
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        dpos, dsigma = torch.zeros_like(pos), torch.zeros_like(sigma)
+        for s in _ball_chunks(q):
+            rows, keys, values = _head_first(q[s]), k[s].transpose(1, 2), v[s].transpose(1, 2)
+            apart, (hidden, blank) = _distances(pos[s]), _ball_masks(mask[s], sigma.shape[1])
+            drows, dkeys, dvalues, dlogits = attend_backward(rows, keys, values, _head_first(out[s]), _head_first(grad[s]),
+                                                             hidden, _bias(apart, sigma), blank)
+            dq[s], dk[s], dv[s] = _slot_first(drows, q[s]), dkeys.transpose(1, 2), dvalues.transpose(1, 2)
+            dlogits = dlogits.unflatten(2, (sigma.shape[1], -1))              # (M', H_kv, G, m, m)
+            if ctx.needs_input_grad[4]: dsigma += torch.einsum("bhgij,bij->hg", dlogits, apart)
+            if ctx.needs_input_grad[3]: dpos[s] = _position_grad(torch.einsum("bhgij,hg->bij", dlogits, sigma), apart, pos[s])
+        return dq, dk, dv, dpos, dsigma, None
+
+# %% ../../nbs/nn/04_local.ipynb #204e27df
+def _ball_chunks(q): # (M, m, H_kv, G, d) -> slices of balls
+    return row_chunks(len(q), q.shape[1] ** 2 * q.shape[2] * q.shape[3])
+
+def _head_first(t): # (M, m, H_kv, G, d) -> (M, H_kv, G m, d)
+    return t.permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+def _slot_first(rows, like): # (M, H_kv, G m, d) -> (M, m, H_kv, G, d)
+    return rows.unflatten(2, (like.shape[3], like.shape[1])).permute(0, 3, 1, 2, 4)
+
+def _ball_masks(mask, G): # (M, m) -> hidden keys (M, 1, 1, m), blank query rows (M, 1, G m, 1)
+    return ~mask[:, None, None], ~mask.repeat(1, G)[:, None, :, None]
+
+def _bias(apart, sigma): # (M, m, m) distances, (H_kv, G) -> (M, H_kv, G m, m)
+    return (sigma[:, :, None, None] * apart[:, None, None]).flatten(2, 3)
+
+def _position_grad(dapart, apart, pos): # gradient of the distances (M, m, m) -> of the positions (M, m, D)
+    pull = ((dapart + dapart.transpose(1, 2)) / apart).masked_fill_(apart == 0, 0)
+    return pull.sum(2, keepdim=True) * pos - pull @ pos
+
+# %% ../../nbs/nn/04_local.ipynb #91f902e3
 def _local_torch(q, k, v, pos, sigma, mask, m):
-    S, H, d = q.shape
-    H_kv = k.shape[1]
-    M, G = S // m, H // H_kv
-    q = q.view(M, m, H_kv, G, d).permute(0, 2, 3, 1, 4)     # (M, H_kv, G, m, d)
-    k, v = (t.view(M, m, H_kv, 1, d).permute(0, 2, 3, 1, 4) for t in (k, v))
-    pos, mask, sigma = pos.view(M, m, -1), mask.view(M, m), sigma.view(H_kv, G, 1, 1)
+    (S, H, d), H_kv = q.shape, k.shape[1]
+    balls = lambda t: t.reshape(S // m, m, *t.shape[1:])
+    out = _LocalTorch.apply(balls(q.view(S, H_kv, H // H_kv, d)), balls(k * d ** -0.5), balls(v), balls(pos), sigma.view(H_kv, -1), balls(mask))
+    return out.view(S, H, d)
 
-    def balls(s):
-        logits = q[s] @ k[s].transpose(-1, -2) * d ** -0.5  # (M', H_kv, G, m, m)
-        apart = torch.cdist(pos[s], pos[s], compute_mode="donot_use_mm_for_euclid_dist")
-        logits = logits + sigma * apart[:, None, None]
-        hidden = ~mask[s][:, None, None, None, :]
-        weights = logits.masked_fill(hidden, torch.finfo(logits.dtype).min).softmax(-1)
-        return (weights @ v[s]).permute(0, 3, 1, 2, 4)      # (M', m, H_kv, G, d)
-    return map_chunks(balls, M, H * m * m).reshape(S, H, d)
-
-# %% ../../nbs/nn/04_local.ipynb #c21a6eae
+# %% ../../nbs/nn/04_local.ipynb #9f8ef79a
 def check_heads(q:Tensor, k:Tensor, v:Tensor, mask:Tensor) -> None:
     "Raise `ValueError` unless q, k, v, mask agree in slots, width and head counts."
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or len(q) != len(k) or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
@@ -58,5 +101,5 @@ def local_attention(
     if sigma.shape != q.shape[1:2]: raise ValueError(f"sigma has shape {tuple(sigma.shape)}; needed: ({q.shape[1]},), one a head.")
     if len(pos) != len(q): raise ValueError(f"pos has {len(pos)} rows for {len(q)} slots; needed: one a slot.")
     resolve_impl(impl, dict(torch=None))
-    q, k, v, pos = (hide(t, mask) for t in (q, k, v, pos))
-    return hide(_local_torch(q, k, v, pos, sigma, mask, ball_size), mask)
+    k, v, pos = (hide(t, mask) for t in (k, v, pos))
+    return _local_torch(q, k, v, pos, sigma, mask, ball_size)

@@ -79,7 +79,7 @@ class NSAttention(nn.Module):
         H, H_kv = self.config.num_heads, self.config.num_kv_heads
         return qkv.view(len(qkv), H + 2 * H_kv, -1).split((H, H_kv, H_kv), dim=1)
 
-# %% ../../nbs/nn/07_nsa.ipynb #f0e97526
+# %% ../../nbs/nn/07_nsa.ipynb #901f3e54
 def _forward(self,
     x:Tensor,     # (S, c) normalised features in the order of the frame
     frame:Frame,
@@ -107,7 +107,7 @@ def _forward(self,
     if record is not None:
         record.update(q=q, k=k, v=v, kc=kc, vc=vc, memory=memory, windows=windows, indices=indices, q_local=ql, k_local=kl,
                       v_local=vl, gates=gates[..., 0], compressed=compressed, selected=selected, local=local, frame=frame)
-    return self.out(hide(mixed, mask).flatten(1))
+    return self.out(mixed.flatten(1))
 
 NSAttention.forward = _forward
 

@@ -5,44 +5,89 @@
 # %% auto #0
 __all__ = ['selected_attention']
 
-# %% ../../nbs/nn/06_selected.ipynb #4881cd96
+# %% ../../nbs/nn/06_selected.ipynb #d22c1c3c
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .local import check_heads, hide
-from .runtime import map_chunks, resolve_impl
+from .runtime import attend, attend_backward, resolve_impl, row_chunks
 
-# %% ../../nbs/nn/06_selected.ipynb #f9e61685
+# %% ../../nbs/nn/06_selected.ipynb #c72d9491
+class _Gather:
+    "The keys of a chunk of rows, gathered by ball, and the way back for their gradients."
+    def __init__(self, indices, mask, b, causal):
+        self.indices, self.mask, self.b, self.causal = indices, mask.view(-1, b), b, causal   # indices (R, H_kv, picks)
+        self.first = torch.arange(indices.shape[1], device=mask.device)[:, None] * len(self.mask)
+
+    def at(self, s): # (R' H_kv picks,) block of each pick in a (H_kv W, b d) table
+        return (self.indices[s].clamp(min=0) + self.first).flatten()
+
+    def take(self, blocks, s): # (H_kv W, b, d) -> (R', H_kv, picks b, d)
+        return blocks.index_select(0, self.at(s)).view(*self.indices[s].shape[:2], -1, blocks.shape[-1])
+
+    def masks(self, s, per): # hidden (R', H_kv, 1 or per, 1, picks b), blank (R', 1, per, 1, 1)
+        chosen = self.indices[s]
+        real = self.mask[chosen.clamp(min=0)] & (chosen >= 0)[..., None]
+        hidden = ~real.flatten(2)[:, :, None, None]
+        blank = ~self.mask.view(-1, per)[s][:, None, :, None, None]
+        if self.causal:
+            key = (chosen[..., None] * self.b + torch.arange(self.b, device=chosen.device)).flatten(2)[:, :, None, None]
+            query = torch.arange(s.start * per, s.stop * per, device=chosen.device).view(-1, 1, per, 1, 1)
+            hidden = hidden | (key > query)
+        return hidden, blank
+
+# %% ../../nbs/nn/06_selected.ipynb #03496dd1
+class _SelectedTorch(torch.autograd.Function):
+    "q (R, per, H_kv, G, d); k and v in blocks (H_kv W, b, d)."
+    @staticmethod
+    def forward(ctx, q, k, v, gather):
+        out = torch.empty_like(q)
+        for s in _selected_chunks(q, gather):
+            out[s] = _slot_first(attend(_head_first(q[s]), gather.take(k, s), gather.take(v, s), *_row_masks(gather, s, q)), q[s])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.gather = gather
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (q, k, v, out), gather = ctx.saved_tensors, ctx.gather
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        for s in _selected_chunks(q, gather):
+            rows, outs, grads = (_head_first(t[s]) for t in (q, out, grad))
+            drows, dkeys, dvalues, _ = attend_backward(rows, gather.take(k, s), gather.take(v, s), outs, grads, *_row_masks(gather, s, q))
+            dq[s] = _slot_first(drows, q[s])
+            at = gather.at(s)
+            dk.index_add_(0, at, dkeys.reshape(-1, *k.shape[1:]))
+            dv.index_add_(0, at, dvalues.reshape(-1, *v.shape[1:]))
+        return dq, dk, dv, None
+
+def _row_masks(gather, s, q): # hidden (R', H_kv, 1 or per G, picks b), no bias, blank (R', 1, per G, 1)
+    hidden, blank = gather.masks(s, q.shape[1])
+    G = q.shape[3]
+    if hidden.shape[2] > 1: hidden = hidden.expand(-1, -1, -1, G, -1)
+    return hidden.flatten(2, 3), None, blank.expand(-1, -1, -1, G, -1).flatten(2, 3)
+
+def _head_first(t): # (R, per, H_kv, G, d) -> (R, H_kv, per G, d)
+    return t.transpose(1, 2).flatten(2, 3)
+
+def _slot_first(rows, like): # (R, H_kv, per G, d) -> (R, per, H_kv, G, d)
+    return rows.unflatten(2, (like.shape[1], like.shape[3])).transpose(1, 2)
+
+def _selected_chunks(q, gather):
+    R, per, H_kv, G, d = q.shape
+    return row_chunks(R, H_kv * gather.indices.shape[2] * gather.b * max(per * G, d))
+
+# %% ../../nbs/nn/06_selected.ipynb #63702feb
 def _selected_torch(q, k, v, indices, mask, b, causal):
-    S, H, d = q.shape
-    H_kv, R, picks = indices.shape
-    W, G, per = S // b, H // H_kv, S // R
-    blocks = lambda t: t.view(W, b, H_kv, d).permute(2, 0, 1, 3).reshape(H_kv * W, b * d)
-    k, v = blocks(k), blocks(v)
-    first = torch.arange(H_kv, device=q.device)[:, None] * W
-    q = q.view(R, per, H_kv, G, d).transpose(1, 2).reshape(R, H_kv, per * G, d)
-    indices = indices.transpose(0, 1)                                            # (R, H_kv, picks)
-    slot = torch.arange(S, device=q.device)
+    (S, H, d), (H_kv, R, picks) = q.shape, indices.shape
+    if picks == 0: return torch.zeros_like(q)
+    blocks = lambda t: t.view(-1, b, H_kv, d).permute(2, 0, 1, 3).reshape(-1, b, d)      # (H_kv W, b, d)
+    gather = _Gather(indices.transpose(0, 1), mask, b, causal)
+    return _SelectedTorch.apply(q.view(R, S // R, H_kv, H // H_kv, d), blocks(k * d ** -0.5), blocks(v), gather).view(S, H, d)
 
-    def rows(s):
-        chosen = indices[s]
-        at = (chosen.clamp(min=0) + first).flatten()
-        keys = k.index_select(0, at).view(-1, H_kv, picks * b, d)
-        values = v.index_select(0, at).view(-1, H_kv, picks * b, d)
-        real = mask.view(W, b)[chosen.clamp(min=0)] & (chosen >= 0)[..., None]   # (R', H_kv, picks, b)
-        hidden = ~real.flatten(2)[:, :, None]                                    # (R', H_kv, 1, picks b)
-        if causal:
-            key_slot = (chosen[..., None] * b + torch.arange(b, device=q.device)).flatten(2)[:, :, None]
-            query_slot = slot.view(R, per)[s].repeat_interleave(G, 1)[:, None, :, None]
-            hidden = hidden | (key_slot > query_slot)
-        logits = (q[s] @ keys.transpose(-1, -2) * d ** -0.5).masked_fill(hidden, torch.finfo(q.dtype).min)
-        weights = logits.softmax(-1)
-        if picks: weights = weights.masked_fill(hidden.all(-1, keepdim=True), 0)
-        return weights @ values                                                  # (R', H_kv, per G, d)
-    out = map_chunks(rows, R, H_kv * picks * b * max(per * G, d))
-    return out.view(R, H_kv, per, G, d).transpose(1, 2).reshape(S, H, d)
-
-# %% ../../nbs/nn/06_selected.ipynb #c579948e
+# %% ../../nbs/nn/06_selected.ipynb #ac6e2925
 def selected_attention(
     q:Tensor, # (S, H, d) queries in ball order
     k:Tensor, # (S, H_kv, d) keys
@@ -60,5 +105,4 @@ def selected_attention(
     if indices.ndim != 3 or indices.shape[0] != k.shape[1] or indices.shape[1] == 0 or S % indices.shape[1]:
         raise ValueError(f"indices has shape {tuple(indices.shape)}; needed: ({k.shape[1]}, R, k) with R a divisor of {S} slots.")
     resolve_impl(impl, dict(torch=None))
-    q, k, v = (hide(t, mask) for t in (q, k, v))
-    return hide(_selected_torch(q, k, v, indices.long(), mask, ball_size, causal), mask)
+    return _selected_torch(q, hide(k, mask), hide(v, mask), indices.long(), mask, ball_size, causal)
