@@ -6,23 +6,31 @@
 __all__ = ['TreePlan', 'full_plan', 'erwin_plan', 'rotation_matrix', 'Slots', 'slot_layout', 'BallTree', 'build_tree', 'Balls',
            'balls', 'tree_depth']
 
-# %% ../../nbs/geometry/01_balltree.ipynb #9ed25874
+# %% ../../nbs/geometry/01_balltree.ipynb #1bb6cade
 import math
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .points import PointBatch
+from .points import PointBatch, row_clouds, row_offsets
 
-# %% ../../nbs/geometry/01_balltree.ipynb #d6d0a267
+# %% ../../nbs/geometry/01_balltree.ipynb #820afa70
 @dataclass(frozen=True, eq=False)
 class TreePlan:
     "Where a tree cuts, level by level; depends on cloud sizes alone, not on positions."
     levels:tuple[np.ndarray, ...] # per level (3, M): first item, cut, end of each of its M nodes
     final:np.ndarray              # (2, M): first item and end of the nodes below the last cut
+    _copies:dict = field(default_factory=dict, repr=False)
+
+    def on(self, device:torch.device) -> tuple[tuple[Tensor, ...], Tensor]: # levels and final
+        "The plan on a device; copied there once."
+        if device not in self._copies:
+            with torch.inference_mode(False):
+                self._copies[device] = tuple(torch.from_numpy(a).to(device) for a in self.levels), torch.from_numpy(self.final).to(device)
+        return self._copies[device]
 
 def _descend(start:np.ndarray, end:np.ndarray, cut_of) -> TreePlan:
     "Cut all nodes of a level at once until `cut_of(level, size)` has no more cuts; a node that is not cut stays."
@@ -117,45 +125,49 @@ def _split_level(
     place = torch.where(left, start[node] + rank, cut[node] + (at - start[node]) - rank)
     return torch.empty_like(lists).scatter_(-1, place, lists)
 
-# %% ../../nbs/geometry/01_balltree.ipynb #4df37517
+# %% ../../nbs/geometry/01_balltree.ipynb #6e37ea96
 def _grow(
     coords:Tensor,      # (V, D, P) coordinates of P items in V views
     sizes:tuple[int, ...], # (B,) items of each cloud
     plan:TreePlan,
 ) -> Tensor: # (V, P) item ids in ball order; inside a final ball, by the first axis
     "Run a plan on V views of the same items at once."
-    coords = coords.double()
-    ids = torch.arange(len(sizes), device=coords.device)
-    group = ids.repeat_interleave(torch.tensor(sizes, device=coords.device), output_size=coords.shape[-1])
-    lists = _sorted_lists(coords, group, len(sizes))
-    for level in plan.levels:
-        lists = _split_level(lists, coords, torch.from_numpy(level).to(coords.device))
+    coords, group = coords.double(), row_clouds(sizes, coords.device)
+    lists = _sorted_lists(coords[:1], group, len(sizes))
+    if len(coords) > 1:                                       # ties of a later view fall back on the order of the first
+        order = lists[0, 0]
+        lists = torch.cat([lists, order[_sorted_lists(coords[1:, :, order], group, len(sizes))]])
+    for level in plan.on(coords.device)[0]:
+        lists = _split_level(lists, coords, level)
     return lists[:, 0]
 
-# %% ../../nbs/geometry/01_balltree.ipynb #925f2e14
+# %% ../../nbs/geometry/01_balltree.ipynb #7e4603a7
 def rotation_matrix(
     angle:float, # one angle for every Euler rotation [degrees]
     dimensionality:int, # D, 2 or 3
-) -> Tensor: # (D, D) float64; row vectors are rotated by `x @ R`
+) -> np.ndarray: # (D, D) float64; row vectors are rotated by `x @ R`
     "Rotation of the second tree: Rz(a) Ry(a) Rx(a) in 3-D, the plane rotation in 2-D."
     c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
-    if dimensionality == 2: return torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
-    rx = torch.tensor([[1, 0, 0], [0, c, -s], [0, s, c]], dtype=torch.float64)
-    ry = torch.tensor([[c, 0, s], [0, 1, 0], [-s, 0, c]], dtype=torch.float64)
-    rz = torch.tensor([[c, -s, 0], [s, c, 0], [0, 0, 1]], dtype=torch.float64)
+    if dimensionality == 2: return np.array([[c, -s], [s, c]])
+    rx = np.array([[1, 0, 0], [0, c, -s], [0, s, c]])
+    ry = np.array([[c, 0, s], [0, 1, 0], [-s, 0, c]])
+    rz = np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])
     return rz @ ry @ rx
 
-# %% ../../nbs/geometry/01_balltree.ipynb #f16af22b
+# %% ../../nbs/geometry/01_balltree.ipynb #1682491d
 def _views(
     pos:Tensor, # (P, D)
     rotate:float, # angle of the second view [degrees]; 0 or less: no second view
 ) -> Tensor: # (V, D, P) coordinates, V = 1 or 2
     if rotate <= 0: return pos.T[None]
-    R = rotation_matrix(rotate, pos.shape[1]).to(pos)
-    rotated = (pos[:, :, None] * R).sum(1)   # a product without tensor cores: the cuts do not depend on TF32 settings
-    return torch.stack([pos.T, rotated.T])
+    R = rotation_matrix(rotate, pos.shape[1])
+    if pos.dtype == torch.float32: R = R.astype(np.float32)
+    R = R.tolist()
+    rows = pos.T
+    rotated = [sum((rows[i] * R[i][j] for i in range(1, len(R))), rows[0] * R[0][j]) for j in range(len(R))]
+    return torch.stack([rows, torch.stack(rotated)])
 
-# %% ../../nbs/geometry/01_balltree.ipynb #68aa6891
+# %% ../../nbs/geometry/01_balltree.ipynb #b108b96b
 @dataclass(frozen=True, eq=False)
 class Slots:
     "The slot layout of a batch: facts that depend on cloud sizes and ball sizes alone."
@@ -167,24 +179,31 @@ class Slots:
 
     def __len__(self): return sum(self.per_cloud)
 
-    @cached_property
+    @property
     def offsets(self) -> Tensor: # (B + 1,) first slot of each cloud, and S
-        return torch.tensor([0, *np.cumsum(self.per_cloud).tolist()], device=self.device)
-
-    @cached_property
+        return row_offsets(self.per_cloud, self.device)
+    @property
     def cloud(self) -> Tensor: # (S,) cloud of each slot
-        ids = torch.arange(len(self.sizes), device=self.device)
-        return ids.repeat_interleave(torch.tensor(self.per_cloud, device=self.device), output_size=len(self))
-
-    @cached_property
+        return row_clouds(self.per_cloud, self.device)
+    @property
+    def taken(self) -> Tensor: # (sum of occupied,) slots that take part
+        return _taken_slots(self)[0]
+    @property
     def mask(self) -> Tensor: # (S,) True where the slot takes part in attention
-        within = torch.arange(len(self), device=self.device) - self.offsets[self.cloud]
-        return within < torch.tensor(self.occupied, device=self.device)[self.cloud]
+        return _taken_slots(self)[1]
 
     def balls_per_cloud(self, size:int) -> tuple[int, ...]: # (B,) balls of `size` slots that hold a point
         return tuple(-(-o // size) for o in self.occupied)
 
-# %% ../../nbs/geometry/01_balltree.ipynb #7af190fa
+@lru_cache(maxsize=256)
+def _taken_slots(slots:Slots) -> tuple[Tensor, Tensor]: # slots that take part, and the mask that says so
+    starts = np.cumsum(slots.per_cloud) - slots.per_cloud
+    with torch.inference_mode(False):
+        taken = torch.cat([torch.arange(a, a + n) for a, n in zip(starts.tolist(), slots.occupied)])
+        mask = torch.zeros(len(slots), dtype=torch.bool).index_fill_(0, taken, True)
+        return taken.to(slots.device), mask.to(slots.device)
+
+# %% ../../nbs/geometry/01_balltree.ipynb #35f756ed
 @lru_cache(maxsize=256)
 def slot_layout(
     sizes:tuple[int, ...],      # (B,) points of each cloud
@@ -198,7 +217,7 @@ def slot_layout(
     per_cloud = tuple(-(-o // largest) * largest for o in occupied)
     return Slots(sizes, ball_sizes, per_cloud, occupied, device)
 
-# %% ../../nbs/geometry/01_balltree.ipynb #a3ba2d12
+# %% ../../nbs/geometry/01_balltree.ipynb #a1efae5f
 @dataclass(frozen=True, eq=False)
 class BallTree:
     "Points in ball order, in a main and an optional rotated view."
@@ -233,7 +252,7 @@ class BallTree:
                 f"({100 * (len(s) / sum(s.sizes) - 1):.1f} % spare), balls of {', '.join(map(str, s.ball_sizes))}, "
                 f"{self.num_views} view{'s' * (self.num_views > 1)}, layout={self.layout!r})")
 
-# %% ../../nbs/geometry/01_balltree.ipynb #478a24ec
+# %% ../../nbs/geometry/01_balltree.ipynb #dcddb7db
 def _check_ball_sizes(ball_sizes, layout:str) -> tuple[int, ...]:
     sizes = tuple(sorted({int(s) for s in ball_sizes}, reverse=True))
     if layout not in ("full", "erwin"):
@@ -246,7 +265,7 @@ def _check_ball_sizes(ball_sizes, layout:str) -> tuple[int, ...]:
         raise ValueError(f"ball_sizes {sizes} with layout='erwin'; needed: powers of two. Use layout='full' for other sizes.")
     return sizes
 
-# %% ../../nbs/geometry/01_balltree.ipynb #86a8eb7f
+# %% ../../nbs/geometry/01_balltree.ipynb #cd863ad6
 def build_tree(
     points:PointBatch,
     ball_sizes:tuple[int, ...]=(128, 32), # sizes of the nested balls: local m and compressed b [points]
@@ -258,29 +277,24 @@ def build_tree(
     slots = slot_layout(points.sizes, ball_sizes, layout, points.pos.device)
     if layout == "erwin": return _build_erwin(points, slots, rotate)
     item_order = _grow(_views(points.pos, rotate), points.sizes, full_plan(points.sizes, ball_sizes))   # (V, N)
-    N = len(points.pos)
-    at = torch.arange(N, device=points.pos.device)
-    slot_of_item = at + (slots.offsets[:-1] - points.offsets[:-1])[points.batch]
-    inverse = torch.empty_like(item_order).scatter_(-1, item_order, slot_of_item.expand_as(item_order))
-    order = torch.zeros(len(slots), dtype=torch.long, device=at.device).index_put((slot_of_item,), item_order[0])
-    perm = torch.arange(len(slots), device=at.device).repeat(len(item_order), 1)
-    perm[:, slot_of_item] = inverse[0][item_order]
+    inverse = torch.empty_like(item_order).scatter_(-1, item_order, slots.taken.expand_as(item_order))
+    order = torch.zeros(len(slots), dtype=torch.long, device=inverse.device).index_put((slots.taken,), item_order[0])
+    perm = torch.arange(len(slots), device=inverse.device).repeat(len(item_order), 1)
+    perm[:, slots.taken] = inverse[0][item_order]
     return BallTree(slots, "full", max(rotate, 0.0), order, inverse[0], perm, perm.argsort(dim=-1))
 
-# %% ../../nbs/geometry/01_balltree.ipynb #ce9c3ad0
+# %% ../../nbs/geometry/01_balltree.ipynb #dcebe822
 def _build_erwin(points:PointBatch, slots:Slots, rotate:float) -> BallTree:
     "Published semantics: leaves of two slots, copies are tokens, rotated tree over slots down to the largest ball."
     device = points.pos.device
     plan = erwin_plan(points.sizes)
     item = _grow(_views(points.pos, 0), points.sizes, plan)[0]                      # (N,)
-    first, end = (torch.from_numpy(a).to(device) for a in plan.final)
+    (first, end), occupied = plan.on(device)[1], slots.taken
     pairs = torch.stack([first, end - 1], 1).flatten()                              # item at each occupied slot
-    occupied = slots.mask.nonzero().flatten()
-    if len(pairs) != len(occupied):     # clouds of one point: one leaf, two slots
-        raise RuntimeError(f"{len(pairs)} leaf slots for {len(occupied)} occupied slots; please report this cloud: {points}")
     order = torch.zeros(len(slots), dtype=torch.long, device=device).index_put((occupied,), item[pairs])
     inverse = torch.empty(len(points.pos), dtype=torch.long, device=device)
-    inverse[item[pairs].flip(0)] = occupied.flip(0)                                 # the first copy wins
+    inverse[item[end - 1]] = occupied[1::2]                                         # the second slot of a leaf ...
+    inverse[item[first]] = occupied[::2]                                            # ... gives way to the first
     perm = torch.arange(len(slots), device=device)[None]
     if rotate > 0:
         m, copies = max(slots.ball_sizes), slots.occupied
@@ -292,7 +306,7 @@ def _build_erwin(points:PointBatch, slots:Slots, rotate:float) -> BallTree:
 
 BallTree.build = staticmethod(build_tree)
 
-# %% ../../nbs/geometry/01_balltree.ipynb #2eb61b71
+# %% ../../nbs/geometry/01_balltree.ipynb #6b6b269f
 @dataclass(frozen=True, eq=False)
 class Balls:
     "The balls of one level, as runs of slots."
@@ -316,7 +330,7 @@ def _level_bounds(tree:BallTree, depth:int) -> tuple[Tensor, Tensor]: # slot ran
     shift = (np.cumsum(s.per_cloud) - s.per_cloud) - (last_item - np.array(items))
     return tuple(torch.from_numpy(a + shift[cloud]).to(s.device) for a in (first, end))
 
-# %% ../../nbs/geometry/01_balltree.ipynb #033ef18d
+# %% ../../nbs/geometry/01_balltree.ipynb #98643ae0
 def balls(
     tree:BallTree,
     pos:Tensor, # (N, D) positions of the points the tree was built from
@@ -329,7 +343,9 @@ def balls(
         raise ValueError(f"size is {size} and depth is {depth}; needed: exactly one of them.")
     S, device = len(tree.slots), pos.device
     if size is not None:
-        if S % size: raise ValueError(f"size is {size} for {S} slots; needed: a divisor, e.g. one of {tree.slots.ball_sizes}.")
+        if any(n % size for n in tree.slots.per_cloud):
+            raise ValueError(f"size is {size} for clouds of {tree.slots.per_cloud[:6]} slots; needed: a divisor of each, "
+                             f"e.g. one of {tree.slots.ball_sizes}.")
         start = torch.arange(0, S, size, device=device)
         end = start + size
     else:
@@ -341,7 +357,7 @@ def balls(
     count = total(torch.ones(S, dtype=torch.long, device=device))
     centre = total(p.double()) / count.clamp(min=1)[:, None]
     far = (p.double() - centre[of_slot]).norm(dim=1)
-    radius = torch.zeros(len(start), dtype=far.dtype, device=device).index_reduce(0, of_slot[keep], far[keep], "amax")
+    radius = torch.zeros(len(start), dtype=far.dtype, device=device).scatter_reduce(0, of_slot[keep], far[keep], "amax")
     return Balls(start, end, count, centre.to(pos), radius.to(pos), of_slot)
 
 def tree_depth(tree:BallTree) -> int: # deepest level that `balls` accepts

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Windows', 'ball_windows', 'BallCompression', 'compressed_attention', 'SelectionRule', 'select_balls']
 
-# %% ../../nbs/nn/05_compressed.ipynb #8677ac50
+# %% ../../nbs/nn/05_compressed.ipynb #ebdcf9f2
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..geometry.balltree import Slots
-from .runtime import attend, attend_backward, resolve_impl, row_chunks
+from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
 
-# %% ../../nbs/nn/05_compressed.ipynb #ad5b19e3
+# %% ../../nbs/nn/05_compressed.ipynb #1028b615
 @dataclass(frozen=True, eq=False)
 class Windows:
     "The slots behind each compressed key."
@@ -26,6 +26,7 @@ class Windows:
     stride:int # s, a divisor of b
 
     @cached_property
+    @torch.inference_mode(False)
     def table(self) -> Tensor: # (W, b) slot numbers, -1 outside the cloud or where no point is
         device = self.slots.device
         at = torch.arange(0, len(self.slots), self.stride, device=device)[:, None] - (self.size - self.stride)
@@ -78,10 +79,11 @@ class BallCompression(nn.Module):
         weight = self.score(t).masked_fill(~real, torch.finfo(t.dtype).min).softmax(1)
         return (weight * t).sum(1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #7de57516
+# %% ../../nbs/nn/05_compressed.ipynb #4efa4c9e
 class _CompressedTorch(torch.autograd.Function):
     "q (S, H_kv, G, d), k and v (W + 1, H_kv, d) with the memory row last; `runs` as in `Windows`, `extra` whether to read the memory."
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, runs, extra):
         out = torch.zeros_like(q)
         for slots, keys in _cloud_chunks(q, k, runs, extra):
@@ -93,6 +95,7 @@ class _CompressedTorch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         q, k, v, out = ctx.saved_tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -110,8 +113,8 @@ def _shared_backward(q, out, grad, k, v):
 def _cloud_chunks(q, k, runs, extra):
     "Slices of slots, each with the rows of its cloud's keys."
     for slot, occupied, first, count in runs:
-        keys = torch.arange(first, first + count + extra, device=q.device)
-        if extra: keys[-1] = len(k) - 1
+        keys = torch.arange(first, first + count, device=q.device)
+        if extra: keys = torch.cat([keys, torch.full((1,), len(k) - 1, device=q.device)])
         for s in row_chunks(occupied, q.shape[1] * q.shape[2] * len(keys)):
             yield slice(slot + s.start, slot + s.stop), keys
 
@@ -121,7 +124,7 @@ def _head_first(t): # (n, H_kv, G, d) -> (H_kv, n G, d)
 def _slot_first(rows, like): # (H_kv, n G, d) -> (n, H_kv, G, d)
     return rows.unflatten(1, (len(like), -1)).transpose(0, 1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #e957b099
+# %% ../../nbs/nn/05_compressed.ipynb #61f95ba1
 def compressed_attention(
     q:Tensor,  # (S, H, d) queries in ball order
     kc:Tensor, # (W, H_kv, d) compressed keys
@@ -135,12 +138,13 @@ def compressed_attention(
         raise ValueError(f"q {tuple(q.shape)}, kc {tuple(kc.shape)}, vc {tuple(vc.shape)} for {len(windows.slots)} slots and "
                          f"{len(windows)} windows; needed: (S, H, d), (W, H_kv, d), (W, H_kv, d), H a multiple of H_kv.")
     resolve_impl(impl, dict(torch=None))
-    (S, H, d), H_kv = q.shape, kc.shape[1]
+    (S, H, d), H_kv, work = q.shape, kc.shape[1], work_dtype(q)
     key, value = (torch.zeros_like(kc[0]),) * 2 if memory is None else memory
     k, v = torch.cat([kc * d ** -0.5, (key * d ** -0.5)[None]]), torch.cat([vc, value[None]])
-    return _CompressedTorch.apply(q.view(S, H_kv, -1, d), k, v, windows.runs, memory is not None).view(S, H, d)
+    out = _CompressedTorch.apply(q.to(work).view(S, H_kv, -1, d), k.to(work), v.to(work), windows.runs, memory is not None)
+    return out.view(S, H, d).to(q.dtype)
 
-# %% ../../nbs/nn/05_compressed.ipynb #c06c7be3
+# %% ../../nbs/nn/05_compressed.ipynb #23ea0e0a
 @dataclass(frozen=True)
 class SelectionRule:
     "How balls are chosen."
@@ -166,9 +170,8 @@ def _ball_scores(q, keys, how, b, ratio, memory_key):
     "Votes of one cloud's queries for its balls, (H_kv, rows, balls)."
     n, H_kv, G, d = q.shape
     if how.per == "ball" and how.rule == "mean_logits":                        # the mean of q is all that counts
-        pad = F.pad(q, (0, 0, 0, 0, 0, 0, 0, -n % b)).view(-1, b, H_kv, G, d).sum(1)
-        q = pad / torch.full((len(pad), 1, 1, 1), float(b), dtype=q.dtype, device=q.device).index_fill_(
-            0, torch.tensor([len(pad) - 1], device=q.device), float(n - (len(pad) - 1) * b))
+        count = F.pad(q.new_ones(n, 1, 1, 1), (0, 0, 0, 0, 0, 0, 0, -n % b)).view(-1, b, 1, 1, 1).sum(1)
+        q = F.pad(q, (0, 0, 0, 0, 0, 0, 0, -n % b)).view(-1, b, H_kv, G, d).sum(1) / count
     votes = _head_votes(q, keys, how.rule, memory_key)
     if how.per == "ball" and how.rule == "sum_probabilities":
         votes = F.pad(votes, (0, 0, 0, -n % b)).unflatten(1, (-1, b)).sum(2)

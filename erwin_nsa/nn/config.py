@@ -8,7 +8,7 @@ __all__ = ['ErwinNSAConfig', 'as_published', 'config_to_dict', 'config_from_dict
 # %% ../../nbs/nn/02_config.ipynb #799c2c8d
 from dataclasses import asdict, dataclass, fields, replace
 
-# %% ../../nbs/nn/02_config.ipynb #bf5c45df
+# %% ../../nbs/nn/02_config.ipynb #51c311f6
 @dataclass(frozen=True)
 class ErwinNSAConfig:
     "All choices of an Erwin NSA model; raises `ValueError` listing everything that does not fit."
@@ -33,6 +33,7 @@ class ErwinNSAConfig:
     exclude_own:bool = False    # never select the query's own ball (the local branch reads it anyway)
     train_sigma:bool = True     # train the distance bias (frozen in the published code)
     gate_init:tuple[float, float, float] = (-2.0, -2.0, 2.0) # gate biases compressed, selected, local: start local
+    init:str = "fan_in"         # weights of linear layers: "fan_in", normal of width 1/sqrt(inputs), or "published", 0.02
     layout:str = "full"         # ball tree: "full" or "erwin"
     mode:str = "native"         # "native", or "reference": the published selection with its quirks
     recompute:bool = False      # recompute attention in the backward pass: less memory, one more forward pass of time
@@ -50,7 +51,7 @@ class ErwinNSAConfig:
         problems = list(_problems(self))
         if problems: raise ValueError("This configuration cannot work:\n- " + "\n- ".join(problems))
 
-# %% ../../nbs/nn/02_config.ipynb #7792f2d2
+# %% ../../nbs/nn/02_config.ipynb #4ea04c8e
 def _problems(c:ErwinNSAConfig):
     "One sentence for each thing that does not fit."
     for name in ("c_in", "c_hidden", "depth", "num_heads", "num_kv_heads", "local_ball_size", "compressed_ball_size",
@@ -60,6 +61,8 @@ def _problems(c:ErwinNSAConfig):
             yield f"{name} is {value!r}; needed: an integer of at least 1."; return
     if c.num_heads % c.num_kv_heads:
         yield f"num_heads {c.num_heads} is no multiple of num_kv_heads {c.num_kv_heads}; key heads are shared evenly."
+    if c.head_dim is not None and c.head_dim < 1: yield f"head_dim is {c.head_dim}; needed: 1 or more, or None."
+    if not 0 <= c.rotate < 360: yield f"rotate is {c.rotate}; needed: an angle from 0 (off) to below 360 degrees."
     large, small = max(c.ball_sizes), min(c.ball_sizes)
     if large % small: yield f"ball sizes {large} and {small} do not nest; needed: one divides the other."
     if not 1 <= c.stride <= c.compressed_ball_size or c.compressed_ball_size % c.stride:
@@ -71,7 +74,7 @@ def _problems(c:ErwinNSAConfig):
         yield f"ball sizes {c.ball_sizes} with layout='erwin'; needed: powers of two."
     if c.mode == "reference" and c.selection != "point":
         yield f"mode='reference' with selection={c.selection!r}; the published code selects by point."
-    choices = dict(phi=("mlp", "attention", "mean"), score=("mean_logits", "sum_probabilities"), layout=("full", "erwin"),
+    choices = dict(phi=("mlp", "attention", "mean"), score=("mean_logits", "sum_probabilities"), layout=("full", "erwin"), init=("fan_in", "published"),
                    selection=("point", "ball"), mode=("native", "reference"), impl=("auto", "torch"))
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed: yield f"{name} is {getattr(c, name)!r}; needed: one of {', '.join(allowed)}."
@@ -91,11 +94,11 @@ def _preset(name:str):
 
 for _name in _TABLE_3: setattr(ErwinNSAConfig, _name, staticmethod(_preset(_name)))
 
-# %% ../../nbs/nn/02_config.ipynb #de3f9b55
+# %% ../../nbs/nn/02_config.ipynb #3e346c79
 def as_published(config:ErwinNSAConfig) -> ErwinNSAConfig: # configuration with the published quirks
     "What the published implementation computed, for comparison only."
     return replace(config, mode="reference", layout="erwin", compressed_stride=max(1, config.compressed_ball_size // 2),
-                   exclude_own=True, train_sigma=False, gate_init=(0.0, 0.0, 0.0), selection="point")
+                   exclude_own=True, train_sigma=False, gate_init=(0.0, 0.0, 0.0), selection="point", init="published")
 
 def config_to_dict(config:ErwinNSAConfig) -> dict: # plain values, ready for JSON
     "The configuration as a dictionary."

@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['check_heads', 'hide', 'local_attention']
 
-# %% ../../nbs/nn/04_local.ipynb #16512fde
+# %% ../../nbs/nn/04_local.ipynb #1f0d48e1
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runtime import attend, attend_backward, resolve_impl, row_chunks
+from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
 
-# %% ../../nbs/nn/04_local.ipynb #b2c83209
+# %% ../../nbs/nn/04_local.ipynb #80a26b9b
 def _distances(pos): # (..., m, D) -> (..., m, m), by differences: exact zeros on the diagonal
     return torch.cdist(pos, pos, compute_mode="donot_use_mm_for_euclid_dist")
 
 class _LocalTorch(torch.autograd.Function):
     "q (M, m, H_kv, G, d), k and v (M, m, H_kv, d), pos (M, m, D), sigma (H_kv, G), mask (M, m); one chunk of balls at a time."
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, pos, sigma, mask):
         out = torch.empty_like(q)
         for s in _ball_chunks(q):
@@ -30,6 +31,7 @@ class _LocalTorch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         q, k, v, pos, sigma, mask, out = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -41,11 +43,11 @@ class _LocalTorch(torch.autograd.Function):
                                                              hidden, _bias(apart, sigma), blank)
             dq[s], dk[s], dv[s] = _slot_first(drows, q[s]), dkeys.transpose(1, 2), dvalues.transpose(1, 2)
             dlogits = dlogits.unflatten(2, (sigma.shape[1], -1))              # (M', H_kv, G, m, m)
-            if ctx.needs_input_grad[4]: dsigma += torch.einsum("bhgij,bij->hg", dlogits, apart)
+            if ctx.needs_input_grad[4]: dsigma += (dlogits * apart[:, None, None]).sum((0, 3, 4))
             if ctx.needs_input_grad[3]: dpos[s] = _position_grad(torch.einsum("bhgij,hg->bij", dlogits, sigma), apart, pos[s])
         return dq, dk, dv, dpos, dsigma, None
 
-# %% ../../nbs/nn/04_local.ipynb #204e27df
+# %% ../../nbs/nn/04_local.ipynb #b62e54f5
 def _ball_chunks(q): # (M, m, H_kv, G, d) -> slices of balls
     return row_chunks(len(q), q.shape[1] ** 2 * q.shape[2] * q.shape[3])
 
@@ -62,15 +64,17 @@ def _bias(apart, sigma): # (M, m, m) distances, (H_kv, G) -> (M, H_kv, G m, m)
     return (sigma[:, :, None, None] * apart[:, None, None]).flatten(2, 3)
 
 def _position_grad(dapart, apart, pos): # gradient of the distances (M, m, m) -> of the positions (M, m, D)
+    pos = pos - pos[:, :1]                  # differences far from the origin would cancel
     pull = ((dapart + dapart.transpose(1, 2)) / apart).masked_fill_(apart == 0, 0)
     return pull.sum(2, keepdim=True) * pos - pull @ pos
 
-# %% ../../nbs/nn/04_local.ipynb #91f902e3
+# %% ../../nbs/nn/04_local.ipynb #d2d9e0a6
 def _local_torch(q, k, v, pos, sigma, mask, m):
-    (S, H, d), H_kv = q.shape, k.shape[1]
-    balls = lambda t: t.reshape(S // m, m, *t.shape[1:])
-    out = _LocalTorch.apply(balls(q.view(S, H_kv, H // H_kv, d)), balls(k * d ** -0.5), balls(v), balls(pos), sigma.view(H_kv, -1), balls(mask))
-    return out.view(S, H, d)
+    (S, H, d), H_kv, work = q.shape, k.shape[1], work_dtype(q)
+    balls = lambda t: t.to(work).reshape(S // m, m, *t.shape[1:])
+    out = _LocalTorch.apply(balls(q.view(S, H_kv, H // H_kv, d)), balls(k * d ** -0.5), balls(v), balls(pos),
+                            sigma.to(work).view(H_kv, -1), mask.view(-1, m))
+    return out.view(S, H, d).to(q.dtype)
 
 # %% ../../nbs/nn/04_local.ipynb #9f8ef79a
 def check_heads(q:Tensor, k:Tensor, v:Tensor, mask:Tensor) -> None:

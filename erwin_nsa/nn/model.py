@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['ErwinNSA', 'count_parameters']
 
-# %% ../../nbs/nn/08_model.ipynb #dba13a90
+# %% ../../nbs/nn/08_model.ipynb #930437ea
 import torch
 from torch import Tensor, nn
 
 from ..geometry.balltree import BallTree
 from ..geometry.neighbours import radius_graph
-from ..geometry.points import PointBatch, as_positions
+from ..geometry.points import PointBatch, as_positions, cloud_sizes
 from .config import ErwinNSAConfig
 from .mpnn import MPNN
 from .nsa import Block, NSAttention, make_frames
 
-# %% ../../nbs/nn/08_model.ipynb #99be5698
+# %% ../../nbs/nn/08_model.ipynb #29ea1e5a
 class ErwinNSA(nn.Module):
     "Erwin with native sparse attention (paper section 4): features of points in, features of points out."
     def __init__(self,
@@ -31,19 +31,19 @@ class ErwinNSA(nn.Module):
         self.embed = nn.Linear(cfg.c_in, cfg.c_hidden)
         self.mpnn = MPNN(cfg.c_hidden, cfg.mp_steps, cfg.dimensionality, recompute=cfg.recompute)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
-        self.apply(_init_linear)
+        for module in self.modules():
+            if isinstance(module, nn.Linear): _init_linear(module, 0.02 if cfg.init == "published" else module.in_features ** -0.5)
         for block in self.blocks: block.attention.reset_gate()
 
     def build_tree(self, points:PointBatch) -> BallTree:
         "The tree this model needs; build it once for a fixed geometry and pass it to every call."
         return BallTree.build(points, self.config.ball_sizes, self.config.rotate, self.config.layout)
 
-def _init_linear(module:nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None: nn.init.zeros_(module.bias)
+def _init_linear(linear:nn.Linear, std:float) -> None:
+    nn.init.trunc_normal_(linear.weight, std=std, a=-2, b=2)
+    if linear.bias is not None: nn.init.zeros_(linear.bias)
 
-# %% ../../nbs/nn/08_model.ipynb #a9159549
+# %% ../../nbs/nn/08_model.ipynb #c1deb581
 def _forward(self,
     x:Tensor,   # (N, c_in) features
     pos:Tensor, # (N, D) positions [length unit of the data]
@@ -55,7 +55,7 @@ def _forward(self,
 ) -> Tensor: # (N, c_hidden) features
     "Features of every point after all blocks; raises `ValueError` or `TypeError` for input that does not fit."
     cfg = self.config
-    points = _checked_points(x, pos, batch, tree, cfg)
+    points = _checked_points(x, pos, batch, tree, cfg, self.embed.weight.dtype)
     tree = tree or self.build_tree(points)
     if cfg.mp_steps and edge_index is None:
         if radius is None:
@@ -74,20 +74,26 @@ def _forward(self,
 
 ErwinNSA.forward = _forward
 
-# %% ../../nbs/nn/08_model.ipynb #5bbc6fb2
-def _checked_points(x, pos, batch, tree, cfg) -> PointBatch:
+# %% ../../nbs/nn/08_model.ipynb #efa2480d
+def _checked_points(x, pos, batch, tree, cfg, dtype) -> PointBatch:
     "The input as a PointBatch, or an error that names every side."
     if x.ndim != 2 or x.shape[1] != cfg.c_in:
         raise ValueError(f"x has shape {tuple(x.shape)}; needed: (N, {cfg.c_in}), the model's c_in. Project your features first.")
+    if x.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"x has dtype {x.dtype} and the model {dtype}; needed: the same. Call x.to({dtype}) or model.to({x.dtype}).")
     if pos.ndim != 2 or pos.shape != (len(x), cfg.dimensionality):
         raise ValueError(f"pos has shape {tuple(pos.shape)} for {len(x)} rows of x; needed: ({len(x)}, {cfg.dimensionality}), "
                          "one position a row and the model's dimensionality.")
     if tree is None: return PointBatch.from_tensors(pos, batch)
+    if pos.device.type == "cpu": as_positions(pos)            # on a GPU this would wait for the device; the tree was built from checked positions
     built = (tree.slots.ball_sizes, tree.layout, tree.rotate)
     wanted = (cfg.ball_sizes, cfg.layout, max(cfg.rotate, 0.0))
     if sum(tree.slots.sizes) != len(x) or built != wanted or tree.order.device != pos.device:
         raise ValueError(f"tree holds {sum(tree.slots.sizes)} points with (ball sizes, layout, rotate) = {built} on "
                          f"{tree.order.device}; needed: {len(x)} points, {wanted} on {pos.device}. Build it with model.build_tree.")
+    if batch is not None and cloud_sizes(batch, len(x)) != tree.slots.sizes:
+        raise ValueError(f"batch has clouds of {cloud_sizes(batch, len(x))[:6]} points and tree of {tree.slots.sizes[:6]}; needed: the same "
+                         "clouds. Leave batch out when you pass a tree.")
     return PointBatch(pos, tree.slots.sizes)
 
 # %% ../../nbs/nn/08_model.ipynb #072c0a57

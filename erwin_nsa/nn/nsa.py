@@ -79,7 +79,7 @@ class NSAttention(nn.Module):
         H, H_kv = self.config.num_heads, self.config.num_kv_heads
         return qkv.view(len(qkv), H + 2 * H_kv, -1).split((H, H_kv, H_kv), dim=1)
 
-# %% ../../nbs/nn/07_nsa.ipynb #901f3e54
+# %% ../../nbs/nn/07_nsa.ipynb #a1ae465f
 def _forward(self,
     x:Tensor,     # (S, c) normalised features in the order of the frame
     frame:Frame,
@@ -98,7 +98,7 @@ def _forward(self,
     indices = select_balls(q, kc, windows, self.rule, None if memory is None else memory[0])
     selected = selected_attention(q, k, v, indices, mask, cfg.compressed_ball_size, self.rule.published, cfg.impl)
 
-    shift = F.linear(frame.relative, self.qkv.weight @ self.position.weight, self.qkv.weight @ self.position.bias)
+    shift = F.linear(frame.relative.to(x.dtype), self.qkv.weight @ self.position.weight, self.qkv.weight @ self.position.bias)
     ql, kl, vl = self.heads(qkv + shift)
     local = local_attention(ql, kl, vl, frame.pos, self.sigma, mask, cfg.local_ball_size, cfg.impl)
 

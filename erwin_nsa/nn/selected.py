@@ -5,30 +5,32 @@
 # %% auto #0
 __all__ = ['selected_attention']
 
-# %% ../../nbs/nn/06_selected.ipynb #d22c1c3c
+# %% ../../nbs/nn/06_selected.ipynb #707c4e48
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .local import check_heads, hide
-from .runtime import attend, attend_backward, resolve_impl, row_chunks
+from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
 
-# %% ../../nbs/nn/06_selected.ipynb #c72d9491
+# %% ../../nbs/nn/06_selected.ipynb #410eb5d8
 class _Gather:
     "The keys of a chunk of rows, gathered by ball, and the way back for their gradients."
     def __init__(self, indices, mask, b, causal):
         self.indices, self.mask, self.b, self.causal = indices, mask.view(-1, b), b, causal   # indices (R, H_kv, picks)
+        own = torch.arange(len(indices), device=mask.device) * len(self.mask) // len(indices)
+        self.block = torch.where(indices >= 0, indices, own[:, None, None])      # no choice: the own ball, hidden; never another cloud
         self.first = torch.arange(indices.shape[1], device=mask.device)[:, None] * len(self.mask)
 
     def at(self, s): # (R' H_kv picks,) block of each pick in a (H_kv W, b d) table
-        return (self.indices[s].clamp(min=0) + self.first).flatten()
+        return (self.block[s] + self.first).flatten()
 
     def take(self, blocks, s): # (H_kv W, b, d) -> (R', H_kv, picks b, d)
         return blocks.index_select(0, self.at(s)).view(*self.indices[s].shape[:2], -1, blocks.shape[-1])
 
     def masks(self, s, per): # hidden (R', H_kv, 1 or per, 1, picks b), blank (R', 1, per, 1, 1)
         chosen = self.indices[s]
-        real = self.mask[chosen.clamp(min=0)] & (chosen >= 0)[..., None]
+        real = self.mask[self.block[s]] & (chosen >= 0)[..., None]
         hidden = ~real.flatten(2)[:, :, None, None]
         blank = ~self.mask.view(-1, per)[s][:, None, :, None, None]
         if self.causal:
@@ -37,10 +39,11 @@ class _Gather:
             hidden = hidden | (key > query)
         return hidden, blank
 
-# %% ../../nbs/nn/06_selected.ipynb #03496dd1
+# %% ../../nbs/nn/06_selected.ipynb #267273a5
 class _SelectedTorch(torch.autograd.Function):
     "q (R, per, H_kv, G, d); k and v in blocks (H_kv W, b, d)."
     @staticmethod
+    @without_autocast
     def forward(ctx, q, k, v, gather):
         out = torch.empty_like(q)
         for s in _selected_chunks(q, gather):
@@ -51,6 +54,7 @@ class _SelectedTorch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx, grad):
         (q, k, v, out), gather = ctx.saved_tensors, ctx.gather
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -79,13 +83,14 @@ def _selected_chunks(q, gather):
     R, per, H_kv, G, d = q.shape
     return row_chunks(R, H_kv * gather.indices.shape[2] * gather.b * max(per * G, d))
 
-# %% ../../nbs/nn/06_selected.ipynb #63702feb
+# %% ../../nbs/nn/06_selected.ipynb #20fac674
 def _selected_torch(q, k, v, indices, mask, b, causal):
-    (S, H, d), (H_kv, R, picks) = q.shape, indices.shape
-    if picks == 0: return torch.zeros_like(q)
+    (S, H, d), (H_kv, R, picks), work = q.shape, indices.shape, work_dtype(q)
+    if picks == 0: return hide(q, torch.zeros_like(mask))
     blocks = lambda t: t.view(-1, b, H_kv, d).permute(2, 0, 1, 3).reshape(-1, b, d)      # (H_kv W, b, d)
     gather = _Gather(indices.transpose(0, 1), mask, b, causal)
-    return _SelectedTorch.apply(q.view(R, S // R, H_kv, H // H_kv, d), blocks(k * d ** -0.5), blocks(v), gather).view(S, H, d)
+    out = _SelectedTorch.apply(q.to(work).view(R, S // R, H_kv, H // H_kv, d), blocks((k * d ** -0.5).to(work)), blocks(v.to(work)), gather)
+    return out.view(S, H, d).to(q.dtype)
 
 # %% ../../nbs/nn/06_selected.ipynb #ac6e2925
 def selected_attention(
