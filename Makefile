@@ -8,6 +8,12 @@ BIN    := $(VENV)/bin
 AS_ROOT = $(if $(filter 0,$(shell id -u)),--allow-root)
 READY  := $(VENV)/ready$(subst $(comma),-,$(EXTRA))
 
+# A relative data folder is relative to where make runs, not to a notebook.
+ifdef ERWIN_NSA_DATA
+override ERWIN_NSA_DATA := $(shell cd "$(ERWIN_NSA_DATA)" 2>/dev/null && pwd || printf %s "$(ERWIN_NSA_DATA)")
+export ERWIN_NSA_DATA
+endif
+
 .PHONY: help env demo test lab docs readme hooks clean
 .DEFAULT_GOAL := help
 

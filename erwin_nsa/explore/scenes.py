@@ -285,7 +285,7 @@ def enclosing_ball(
     centre = points.mean(0)
     return centre, float(np.linalg.norm(points - centre, axis=1).max())
 
-# %% ../../nbs/explore/00_scenes.ipynb #cf8020d4
+# %% ../../nbs/explore/00_scenes.ipynb #a54ddff6
 def ball_ids(
     ids, # (n,) ball of each point
     n:int, # points
@@ -302,9 +302,10 @@ def slider(
     steps:list, # plotly steps
     prefix:str, # text before the current label
     below:int=10, # pixels between the figure and the slider
+    active:int=0, # step shown at first
 )->dict: # plotly slider
     "A slider below the figure."
-    return dict(steps=steps, active=0, currentvalue=dict(prefix=prefix, font=dict(size=14)), pad=dict(t=below, b=5, l=10, r=10),
+    return dict(steps=steps, active=active, currentvalue=dict(prefix=prefix, font=dict(size=14)), pad=dict(t=below, b=5, l=10, r=10),
                 x=0.06, len=0.88, y=0, yanchor="top", tickcolor="#999", font=dict(size=11))
 
 def balls_figure(
@@ -313,19 +314,22 @@ def balls_figure(
     highlight:int=None, # point whose ball is drawn as a sphere
     title:str="", # headline
     faces=None, # (f, 3) or (f, 4) vertex ids; draws a grey body that hides the far side
+    start:int=0, # level shown at first
 ):
     "Balls of the main and of the rotated tree, one slider over levels; raises ValueError for wrong lengths or ids."
     go, p = plotly_go(), as_positions(pos)
+    if not 0 <= start < max(1, len(levels)):
+        raise ValueError(f"given: start={start}; needed: 0 to {len(levels) - 1}; do this: pass the number of a level")
     if not levels: raise ValueError("given: no levels; needed: at least one; do this: pass dict(name=, main=, rotated=) for each")
     if highlight is not None: highlight = as_queries([highlight], len(p))[0]
     ids = [[ball_ids(lev[k], len(p), f"{k} of level {lev['name']!r}") for k in ("main", "rotated")] for lev in levels]
     colour = [[(a % N_BALL_COLOURS).astype(np.uint8) for a in pair] for pair in ids]
-    data = [ball_trace(p, colour[0][s], ids[0][s], scene_key(s)) for s in (0, 1)]
+    data = [ball_trace(p, colour[start][s], ids[start][s], scene_key(s)) for s in (0, 1)]
     if highlight is not None:
         for n_lev, (lev, pair) in enumerate(zip(levels, ids)):
             for s, key in enumerate(("main_ball", "rotated_ball")):
                 ball = lev.get(key) or enclosing_ball(p[pair[s] == pair[s][highlight]])
-                data.append(sphere_trace(*ball, scene_key(s), n_lev == 0))
+                data.append(sphere_trace(*ball, scene_key(s), n_lev == start))
         data += [star_trace(p, [highlight], scene_key(s)) for s in (0, 1)]
     changing = list(range(len(data)))
     if faces is not None: data += [field_trace(p.mean(0) + 0.97*(p - p.mean(0)), None, faces, scene_key(s)) for s in (0, 1)]
@@ -333,7 +337,7 @@ def balls_figure(
                   args=[ball_restyle(k, c, len(levels), highlight is not None), changing])
              for k, (lev, pair, c) in enumerate(zip(levels, ids, colour))]
     return go.Figure(data, scene_row(p, ["main tree", "rotated tree"], (0, 0.95), height=390) | dict(
-        title=dict(text=title, x=0.01, y=0.98), coloraxis=ball_scale(), sliders=[slider(steps, "level: ")],
+        title=dict(text=title, x=0.01, y=0.98), coloraxis=ball_scale(), sliders=[slider(steps, "level: ", active=start)],
         margin=dict(l=0, r=0, t=60 if title else 30, b=80), height=530, showlegend=False, uirevision="keep"))
 
 # %% ../../nbs/explore/00_scenes.ipynb #1fe20063
