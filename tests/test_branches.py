@@ -411,7 +411,7 @@ def test_chunks_do_not_show(setting, sizes, elements, monkeypatch):
     kc = torch.randn(len(windows), *setting[4:], generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     rules = [SelectionRule(k, rule, per, True) for rule in ("mean_logits", "sum_probabilities") for per in ("point", "ball")]
     chosen = [select_balls(q, kc, windows, r) for r in rules]
-    monkeypatch.setattr(runtime, "CHUNK_ELEMENTS", elements)
+    monkeypatch.setitem(runtime.CHUNK_ELEMENTS, "cpu", elements)
     for (out, grads), (name, op, _, t, s) in zip(plain, all_ops(setting, sizes, torch.float64)):
         again, grads2 = pull_on(op, t, torch.arange(len(s)))
         assert_close(again, out, name, 1e-13)

@@ -79,7 +79,7 @@ class BallCompression(nn.Module):
         weight = self.score(t).masked_fill(~real, torch.finfo(t.dtype).min).softmax(1)
         return (weight * t).sum(1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #4efa4c9e
+# %% ../../nbs/nn/05_compressed.ipynb #d21397da
 class _CompressedTorch(torch.autograd.Function):
     "q (S, H_kv, G, d), k and v (W + 1, H_kv, d) with the memory row last; `runs` as in `Windows`, `extra` whether to read the memory."
     @staticmethod
@@ -115,7 +115,7 @@ def _cloud_chunks(q, k, runs, extra):
     for slot, occupied, first, count in runs:
         keys = torch.arange(first, first + count, device=q.device)
         if extra: keys = torch.cat([keys, torch.full((1,), len(k) - 1, device=q.device)])
-        for s in row_chunks(occupied, q.shape[1] * q.shape[2] * len(keys)):
+        for s in row_chunks(occupied, q.shape[1] * q.shape[2] * len(keys), q.device):
             yield slice(slot + s.start, slot + s.stop), keys
 
 def _head_first(t): # (n, H_kv, G, d) -> (H_kv, n G, d)
@@ -180,7 +180,7 @@ def _ball_scores(q, keys, how, b, ratio, memory_key):
     count = F.pad(torch.ones_like(votes[0, 0]), (0, spare)).view(-1, ratio).sum(1)
     return F.pad(votes, (0, spare)).unflatten(-1, (-1, ratio)).sum(-1) / count
 
-# %% ../../nbs/nn/05_compressed.ipynb #04149112
+# %% ../../nbs/nn/05_compressed.ipynb #dc2f9823
 def _cloud_selection(q, keys, how, b, ratio, memory_key, balls, own_first):
     "Chosen balls of a run of one cloud's queries, numbered inside the cloud: (H_kv, rows, k'), -1 for none."
     votes = _ball_scores(q, keys, how, b, ratio, memory_key)[..., :balls]
@@ -209,7 +209,7 @@ def select_balls(
     for slot, occupied, first, count in windows.runs:
         keys, balls = kc[first:first + count], -(-occupied // b)
         heads = H if how.rule == "sum_probabilities" else H_kv
-        for s in row_chunks(occupied, heads * count, multiple=b):
+        for s in row_chunks(occupied, heads * count, q.device, multiple=b):
             best = _cloud_selection(q[slot + s.start:slot + s.stop], keys, how, b, ratio, memory_key, balls, s.start // per)
             row = (slot + s.start) // per
             chosen[:, row:row + best.shape[1], :best.shape[2]] = torch.where(best >= 0, best + slot // b, -1)

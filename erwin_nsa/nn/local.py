@@ -47,9 +47,9 @@ class _LocalTorch(torch.autograd.Function):
             if ctx.needs_input_grad[3]: dpos[s] = _position_grad(torch.einsum("bhgij,hg->bij", dlogits, sigma), apart, pos[s])
         return dq, dk, dv, dpos, dsigma, None
 
-# %% ../../nbs/nn/04_local.ipynb #b62e54f5
+# %% ../../nbs/nn/04_local.ipynb #fd368070
 def _ball_chunks(q): # (M, m, H_kv, G, d) -> slices of balls
-    return row_chunks(len(q), q.shape[1] ** 2 * q.shape[2] * q.shape[3])
+    return row_chunks(len(q), q.shape[1] ** 2 * q.shape[2] * q.shape[3], q.device)
 
 def _head_first(t): # (M, m, H_kv, G, d) -> (M, H_kv, G m, d)
     return t.permute(0, 2, 3, 1, 4).flatten(2, 3)
@@ -64,9 +64,8 @@ def _bias(apart, sigma): # (M, m, m) distances, (H_kv, G) -> (M, H_kv, G m, m)
     return (sigma[:, :, None, None] * apart[:, None, None]).flatten(2, 3)
 
 def _position_grad(dapart, apart, pos): # gradient of the distances (M, m, m) -> of the positions (M, m, D)
-    pos = pos - pos[:, :1]                  # differences far from the origin would cancel
     pull = ((dapart + dapart.transpose(1, 2)) / apart).masked_fill_(apart == 0, 0)
-    return pull.sum(2, keepdim=True) * pos - pull @ pos
+    return (pull[..., None] * (pos[:, :, None] - pos[:, None])).sum(2)     # differences first: far from the origin they would cancel
 
 # %% ../../nbs/nn/04_local.ipynb #d2d9e0a6
 def _local_torch(q, k, v, pos, sigma, mask, m):

@@ -79,14 +79,16 @@ def work_dtype(*tensors:Tensor) -> torch.dtype: # float32, or float64 where a te
     for t in tensors: dtype = torch.promote_types(dtype, t.dtype)
     return dtype
 
-# %% ../../nbs/nn/03_runtime.ipynb #8b02fbc0
-CHUNK_ELEMENTS = 1 << 19 # elements of the largest intermediate of one chunk, 2 MiB in float32
+# %% ../../nbs/nn/03_runtime.ipynb #de5954cd
+CHUNK_ELEMENTS = dict(cpu=1 << 19, cuda=1 << 25) # elements of the largest intermediate of one chunk: 2 MiB, 128 MiB in float32
 
 def row_chunks(
     rows:int,             # how many rows there are
     elements_per_row:int, # elements of the largest intermediate that one row needs
+    device:torch.device,  # where they are
     multiple:int=1,       # chunk boundaries are multiples of this
 ) -> list[slice]: # slices that cover all rows
-    "Cut rows so that no intermediate exceeds `CHUNK_ELEMENTS`, unless a single row does."
-    step = max(multiple, CHUNK_ELEMENTS // max(1, elements_per_row) // multiple * multiple)
+    "Cut rows so that no intermediate exceeds the limit of the device, unless a single row does."
+    limit = CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"])
+    step = max(multiple, limit // max(1, elements_per_row) // multiple * multiple)
     return [slice(a, min(a + step, rows)) for a in range(0, rows, step)]

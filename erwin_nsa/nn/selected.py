@@ -39,7 +39,7 @@ class _Gather:
             hidden = hidden | (key > query)
         return hidden, blank
 
-# %% ../../nbs/nn/06_selected.ipynb #267273a5
+# %% ../../nbs/nn/06_selected.ipynb #dbcbc419
 class _SelectedTorch(torch.autograd.Function):
     "q (R, per, H_kv, G, d); k and v in blocks (H_kv W, b, d)."
     @staticmethod
@@ -81,7 +81,7 @@ def _slot_first(rows, like): # (R, H_kv, per G, d) -> (R, per, H_kv, G, d)
 
 def _selected_chunks(q, gather):
     R, per, H_kv, G, d = q.shape
-    return row_chunks(R, H_kv * gather.indices.shape[2] * gather.b * max(per * G, d))
+    return row_chunks(R, H_kv * gather.indices.shape[2] * gather.b * max(per * G, d), q.device)
 
 # %% ../../nbs/nn/06_selected.ipynb #20fac674
 def _selected_torch(q, k, v, indices, mask, b, causal):
