@@ -566,7 +566,7 @@ def test_shapes_that_do_not_fit():
         (lambda: local_attention(q, k, v, pos, sigma, mask, 5), "ball_size is 5 for 16 slots"),
         (lambda: local_attention(q, k, v, pos, sigma[:2], mask, 8), "one a head"),
         (lambda: local_attention(q, k, v, pos[:8], sigma, mask, 8), "pos has 8 rows for 16 slots"),
-        (lambda: local_attention(q, k, v, pos, sigma, mask, 8, impl="triton"), "impl='triton' cannot run here"),
+        (lambda: local_attention(q, k, v, pos, sigma, mask, 8, impl="cuda"), "impl=.cuda. cannot run here"),
         (lambda: compressed_attention(q, kc[:3], kc[:3], windows), "4 windows"),
         (lambda: compressed_attention(q[:8], kc, kc, windows), "for 16 slots"),
         (lambda: compressed_attention(q, kc, kc, windows, impl="nope"), "needed: 'auto' or one of"),

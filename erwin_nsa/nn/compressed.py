@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Windows', 'ball_windows', 'BallCompression', 'compressed_attention', 'SelectionRule', 'select_balls']
 
-# %% ../../nbs/nn/05_compressed.ipynb #ebdcf9f2
+# %% ../../nbs/nn/05_compressed.ipynb #71871702
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,9 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..geometry.balltree import Slots
-from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
+from .runtime import attend, attend_backward, implementations, resolve_impl, row_chunks, without_autocast, work_dtype
 
-# %% ../../nbs/nn/05_compressed.ipynb #1028b615
+# %% ../../nbs/nn/05_compressed.ipynb #686c3bf2
 @dataclass(frozen=True, eq=False)
 class Windows:
     "The slots behind each compressed key."
@@ -43,6 +43,15 @@ class Windows:
             rows.append((slot, occupied, slot // self.stride, used))
             slot += size
         return tuple(rows)
+
+    @cached_property
+    @torch.inference_mode(False)
+    def run_table(self) -> Tensor: # (B, 4) `runs` on the device, for kernels
+        return torch.tensor(self.runs).to(self.slots.device)
+
+    @property
+    def largest(self) -> dict[str, int]: # the largest cloud, for the grid of a kernel
+        return dict(max_occupied=max(r[1] for r in self.runs), max_windows=max(r[3] for r in self.runs))
 
     def __len__(self): return len(self.slots) // self.stride
 
@@ -124,20 +133,22 @@ def _head_first(t): # (n, H_kv, G, d) -> (H_kv, n G, d)
 def _slot_first(rows, like): # (H_kv, n G, d) -> (n, H_kv, G, d)
     return rows.unflatten(1, (len(like), -1)).transpose(0, 1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #61f95ba1
+# %% ../../nbs/nn/05_compressed.ipynb #c69f14d1
 def compressed_attention(
     q:Tensor,  # (S, H, d) queries in ball order
     kc:Tensor, # (W, H_kv, d) compressed keys
     vc:Tensor, # (W, H_kv, d) compressed values
     windows:Windows, # what the keys stand for
     memory:tuple[Tensor, Tensor] | None=None, # key and value (H_kv, d) that every query can read
-    impl:str="auto", # "auto" or "torch"
+    impl:str="auto", # "auto", "torch" or "triton"
 ) -> Tensor: # (S, H, d), zero at masked slots
     "Attention to all compressed balls of the own cloud (paper section 4.1); raises `ValueError` for shapes that do not fit."
     if kc.shape != vc.shape or len(kc) != len(windows) or q.shape[1] % kc.shape[1] or len(q) != len(windows.slots):
         raise ValueError(f"q {tuple(q.shape)}, kc {tuple(kc.shape)}, vc {tuple(vc.shape)} for {len(windows.slots)} slots and "
                          f"{len(windows)} windows; needed: (S, H, d), (W, H_kv, d), (W, H_kv, d), H a multiple of H_kv.")
-    resolve_impl(impl, dict(torch=None))
+    if resolve_impl(impl, implementations(q)) == "triton":
+        from erwin_nsa.kernels.compressed import compressed_attention_triton
+        return compressed_attention_triton(q, kc.to(q.dtype), vc.to(q.dtype), windows.run_table, memory, **windows.largest)
     (S, H, d), H_kv, work = q.shape, kc.shape[1], work_dtype(q)
     key, value = (torch.zeros_like(kc[0]),) * 2 if memory is None else memory
     k, v = torch.cat([kc * d ** -0.5, (key * d ** -0.5)[None]]), torch.cat([vc, value[None]])
@@ -180,7 +191,7 @@ def _ball_scores(q, keys, how, b, ratio, memory_key):
     count = F.pad(torch.ones_like(votes[0, 0]), (0, spare)).view(-1, ratio).sum(1)
     return F.pad(votes, (0, spare)).unflatten(-1, (-1, ratio)).sum(-1) / count
 
-# %% ../../nbs/nn/05_compressed.ipynb #dc2f9823
+# %% ../../nbs/nn/05_compressed.ipynb #f64fb12f
 def _cloud_selection(q, keys, how, b, ratio, memory_key, balls, own_first):
     "Chosen balls of a run of one cloud's queries, numbered inside the cloud: (H_kv, rows, k'), -1 for none."
     votes = _ball_scores(q, keys, how, b, ratio, memory_key)[..., :balls]
@@ -199,8 +210,15 @@ def select_balls(
     windows:Windows,
     how:SelectionRule,
     memory_key:Tensor | None=None, # (H_kv, d), only "sum_probabilities" looks at it
+    impl:str="auto", # "auto", "torch" or "triton"
 ) -> Tensor: # (H_kv, R, k) int64 ball numbers (slot // b), best first, -1 for none; R = S, or S / b for per="ball"
     "Top-k balls of each query or query ball (paper section 4.1, selection)."
+    limits = ("has no published mode" if how.published else None, f"selects 64 balls at most, got {how.k}" if how.k > 64 else None)
+    if resolve_impl(impl, implementations(q, *limits)) == "triton":
+        from erwin_nsa.kernels.compressed import select_balls_triton
+        key = None if memory_key is None else memory_key.to(q.dtype)
+        return select_balls_triton(q, kc.to(q.dtype), windows.run_table, how.k, windows.size, windows.size // windows.stride, how.rule, how.per,
+                                   how.exclude_own, key, **windows.largest)
     S, H, d = q.shape
     H_kv, b, ratio = kc.shape[1], windows.size, windows.size // windows.stride
     q = q.view(S, H_kv, H // H_kv, d)

@@ -8,7 +8,7 @@ __all__ = ['ErwinNSAConfig', 'as_published', 'config_to_dict', 'config_from_dict
 # %% ../../nbs/nn/02_config.ipynb #799c2c8d
 from dataclasses import asdict, dataclass, fields, replace
 
-# %% ../../nbs/nn/02_config.ipynb #51c311f6
+# %% ../../nbs/nn/02_config.ipynb #0336268d
 @dataclass(frozen=True)
 class ErwinNSAConfig:
     "All choices of an Erwin NSA model; raises `ValueError` listing everything that does not fit."
@@ -37,7 +37,7 @@ class ErwinNSAConfig:
     layout:str = "full"         # ball tree: "full" or "erwin"
     mode:str = "native"         # "native", or "reference": the published selection with its quirks
     recompute:bool = False      # recompute attention in the backward pass: less memory, one more forward pass of time
-    impl:str = "auto"           # implementation of the attention operators
+    impl:str = "auto"           # implementation of the attention operators: "auto", "torch" or "triton"
 
     @property
     def width(self) -> int: return self.head_dim or max(16, self.c_hidden // self.num_heads) # d
@@ -51,7 +51,7 @@ class ErwinNSAConfig:
         problems = list(_problems(self))
         if problems: raise ValueError("This configuration cannot work:\n- " + "\n- ".join(problems))
 
-# %% ../../nbs/nn/02_config.ipynb #4ea04c8e
+# %% ../../nbs/nn/02_config.ipynb #ff93ffb7
 def _problems(c:ErwinNSAConfig):
     "One sentence for each thing that does not fit."
     for name in ("c_in", "c_hidden", "depth", "num_heads", "num_kv_heads", "local_ball_size", "compressed_ball_size",
@@ -75,7 +75,7 @@ def _problems(c:ErwinNSAConfig):
     if c.mode == "reference" and c.selection != "point":
         yield f"mode='reference' with selection={c.selection!r}; the published code selects by point."
     choices = dict(phi=("mlp", "attention", "mean"), score=("mean_logits", "sum_probabilities"), layout=("full", "erwin"), init=("fan_in", "published"),
-                   selection=("point", "ball"), mode=("native", "reference"), impl=("auto", "torch"))
+                   selection=("point", "ball"), mode=("native", "reference"), impl=("auto", "torch", "triton"))
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed: yield f"{name} is {getattr(c, name)!r}; needed: one of {', '.join(allowed)}."
 

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['check_heads', 'hide', 'local_attention']
 
-# %% ../../nbs/nn/04_local.ipynb #1f0d48e1
+# %% ../../nbs/nn/04_local.ipynb #d49cb370
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
+from .runtime import attend, attend_backward, implementations, resolve_impl, row_chunks, without_autocast, work_dtype
 
 # %% ../../nbs/nn/04_local.ipynb #80a26b9b
 def _distances(pos): # (..., m, D) -> (..., m, m), by differences: exact zeros on the diagonal
@@ -75,7 +75,7 @@ def _local_torch(q, k, v, pos, sigma, mask, m):
                             sigma.to(work).view(H_kv, -1), mask.view(-1, m))
     return out.view(S, H, d).to(q.dtype)
 
-# %% ../../nbs/nn/04_local.ipynb #9f8ef79a
+# %% ../../nbs/nn/04_local.ipynb #236e9a52
 def check_heads(q:Tensor, k:Tensor, v:Tensor, mask:Tensor) -> None:
     "Raise `ValueError` unless q, k, v, mask agree in slots, width and head counts."
     if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or len(q) != len(k) or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
@@ -96,13 +96,15 @@ def local_attention(
     sigma:Tensor, # (H,) distance bias of each head [1 / length unit]
     mask:Tensor, # (S,) True where a slot holds a point
     ball_size:int, # m, a divisor of S
-    impl:str="auto", # "auto" or "torch"
+    impl:str="auto", # "auto", "torch" or "triton"
 ) -> Tensor: # (S, H, d), zero at masked slots
     "Attention inside balls with a distance bias (paper section 4.1); raises `ValueError` for shapes that do not fit."
     check_heads(q, k, v, mask)
     if len(q) % ball_size: raise ValueError(f"ball_size is {ball_size} for {len(q)} slots; needed: a divisor.")
     if sigma.shape != q.shape[1:2]: raise ValueError(f"sigma has shape {tuple(sigma.shape)}; needed: ({q.shape[1]},), one a head.")
     if len(pos) != len(q): raise ValueError(f"pos has {len(pos)} rows for {len(q)} slots; needed: one a slot.")
-    resolve_impl(impl, dict(torch=None))
+    if resolve_impl(impl, implementations(q)) == "triton":
+        from erwin_nsa.kernels.local import local_attention_triton
+        return local_attention_triton(q, k, v, pos, sigma, mask, ball_size)
     k, v, pos = (hide(t, mask) for t in (k, v, pos))
     return _local_torch(q, k, v, pos, sigma, mask, ball_size)

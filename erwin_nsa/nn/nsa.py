@@ -79,7 +79,7 @@ class NSAttention(nn.Module):
         H, H_kv = self.config.num_heads, self.config.num_kv_heads
         return qkv.view(len(qkv), H + 2 * H_kv, -1).split((H, H_kv, H_kv), dim=1)
 
-# %% ../../nbs/nn/07_nsa.ipynb #a1ae465f
+# %% ../../nbs/nn/07_nsa.ipynb #0e082ebb
 def _forward(self,
     x:Tensor,     # (S, c) normalised features in the order of the frame
     frame:Frame,
@@ -95,8 +95,9 @@ def _forward(self,
     memory = None if self.memory is None else (self.memory[0], self.memory[1])
     compressed = compressed_attention(q, kc, vc, windows, memory, cfg.impl)
 
-    indices = select_balls(q, kc, windows, self.rule, None if memory is None else memory[0])
-    selected = selected_attention(q, k, v, indices, mask, cfg.compressed_ball_size, self.rule.published, cfg.impl)
+    impl = "auto" if self.rule.published else cfg.impl                         # the published quirks exist in torch alone
+    indices = select_balls(q, kc, windows, self.rule, None if memory is None else memory[0], impl)
+    selected = selected_attention(q, k, v, indices, mask, cfg.compressed_ball_size, self.rule.published, impl)
 
     shift = F.linear(frame.relative.to(x.dtype), self.qkv.weight @ self.position.weight, self.qkv.weight @ self.position.bias)
     ql, kl, vl = self.heads(qkv + shift)
@@ -111,7 +112,7 @@ def _forward(self,
 
 NSAttention.forward = _forward
 
-# %% ../../nbs/nn/07_nsa.ipynb #564bd262
+# %% ../../nbs/nn/07_nsa.ipynb #1395493d
 class SwiGLU(nn.Module):
     "W3(SiLU(W1 x) * W2 x), widths c -> ratio c -> c (Erwin section 3.3)."
     def __init__(self, c:int, ratio:int):

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['selected_attention']
 
-# %% ../../nbs/nn/06_selected.ipynb #707c4e48
+# %% ../../nbs/nn/06_selected.ipynb #4b7bd05f
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .local import check_heads, hide
-from .runtime import attend, attend_backward, resolve_impl, row_chunks, without_autocast, work_dtype
+from .runtime import attend, attend_backward, implementations, resolve_impl, row_chunks, without_autocast, work_dtype
 
 # %% ../../nbs/nn/06_selected.ipynb #410eb5d8
 class _Gather:
@@ -92,7 +92,7 @@ def _selected_torch(q, k, v, indices, mask, b, causal):
     out = _SelectedTorch.apply(q.to(work).view(R, S // R, H_kv, H // H_kv, d), blocks((k * d ** -0.5).to(work)), blocks(v.to(work)), gather)
     return out.view(S, H, d).to(q.dtype)
 
-# %% ../../nbs/nn/06_selected.ipynb #ac6e2925
+# %% ../../nbs/nn/06_selected.ipynb #4e00aeeb
 def selected_attention(
     q:Tensor, # (S, H, d) queries in ball order
     k:Tensor, # (S, H_kv, d) keys
@@ -101,7 +101,7 @@ def selected_attention(
     mask:Tensor, # (S,) True where a slot holds a point
     ball_size:int, # b, a divisor of S
     causal:bool=False, # hide later slots (published behaviour, for comparison only)
-    impl:str="auto", # "auto" or "torch"
+    impl:str="auto", # "auto", "torch" or "triton"
 ) -> Tensor: # (S, H, d), zero at masked slots and where nothing is selected
     "Attention to all points of the chosen balls (paper section 4.1); raises `ValueError` for shapes that do not fit."
     check_heads(q, k, v, mask)
@@ -109,5 +109,7 @@ def selected_attention(
     if S % ball_size: raise ValueError(f"ball_size is {ball_size} for {S} slots; needed: a divisor.")
     if indices.ndim != 3 or indices.shape[0] != k.shape[1] or indices.shape[1] == 0 or S % indices.shape[1]:
         raise ValueError(f"indices has shape {tuple(indices.shape)}; needed: ({k.shape[1]}, R, k) with R a divisor of {S} slots.")
-    resolve_impl(impl, dict(torch=None))
+    if resolve_impl(impl, implementations(q, "is never causal" if causal else None)) == "triton":
+        from erwin_nsa.kernels.selected import selected_attention_triton
+        return selected_attention_triton(q, k, v, indices, mask, ball_size)
     return _selected_torch(q, hide(k, mask), hide(v, mask), indices.long(), mask, ball_size, causal)

@@ -1,0 +1,132 @@
+"""Local ball attention by Triton kernels, in the interpreter: small float32 and float16 sizes against float64, forward and every gradient.
+
+`tests/gpu/test_kernels_local.py` runs the compiled kernels.
+"""
+import pytest
+import torch
+
+from erwin_nsa.kernels.env import INTERPRET          # before anything that imports triton
+from erwin_nsa.kernels import local
+from erwin_nsa.geometry.balltree import slot_layout
+from erwin_nsa.kernels.local import local_attention_triton, local_reference, plan
+from erwin_nsa.nn.local import local_attention
+
+pytestmark = [pytest.mark.skipif(not INTERPRET, reason="a CUDA device is here: tests/gpu runs the compiled kernels"), pytest.mark.filterwarnings("ignore:divide by zero")]
+
+NAMES = "q k v pos sigma".split()
+# m, H, H_kv, d, D, sizes
+CASES = [(16, 2, 1, 4, 3, (1,)), (16, 4, 2, 8, 3, (31,)), (64, 2, 2, 20, 2, (33, 2, 70)), (12, 3, 1, 5, 3, (40, 1)), (4, 2, 2, 16, 3, (33,)), (7, 1, 1, 3, 1, (20, 6)),
+         (96, 4, 2, 48, 3, (100, 3)), (128, 2, 1, 16, 3, (150,)), (130, 2, 1, 16, 3, (150,)), (300, 2, 1, 5, 3, (300, 1)), (256, 1, 1, 128, 3, (257,))]
+IDS = ["m{}H{}kv{}d{}D{}-n{}".format(*c[:5], "_".join(map(str, c[5]))) for c in CASES]
+
+
+def inputs(case, dtype=torch.float32, seed=0):
+    m, H, H_kv, d, D, sizes = case
+    mask = slot_layout(sizes, (m,)).mask
+    S, g = len(mask), torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.randn(*shape, generator=g)
+    return [draw(S, H, d).to(dtype), draw(S, H_kv, d).to(dtype), draw(S, H_kv, d).to(dtype), draw(S, D), -1 + 0.5 * draw(H)], mask
+
+
+def run(op, tensors, mask, m, double=False, with_pos=True):
+    """Output and gradients of q, k, v, pos, sigma."""
+    leaves = [(t.double() if double else t.clone()).requires_grad_(with_pos or i != 3) for i, t in enumerate(tensors)]
+    out = op(*leaves, mask, m)
+    pull = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(tensors[0].dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [t for t in leaves if t.requires_grad], pull)]
+
+
+def assert_close(mine, exact, tol):
+    for name, a, e in zip(["output", *NAMES], mine, exact):
+        error, scale = (a.double() - e).abs().max().item(), max(1.0, e.abs().max().item())
+        assert error <= tol * scale, f"{name}: off by {error:.1e} at a size of {scale:.1e}"        # NaN fails too
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_forward_and_gradients(case, nan_empty):
+    """NaN wherever no point is, and in every buffer before it is written."""
+    tensors, mask = inputs(case)
+    dirty = [t.masked_fill(~mask.view(-1, *[1] * (t.ndim - 1)), float("nan")) if len(t) == len(mask) else t for t in tensors]
+    mine = run(local_attention_triton, dirty, mask, case[0])
+    assert_close(mine, run(local_reference, tensors, mask, case[0], double=True), 3e-6)
+    for t in mine[:4]: assert (t[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("case", CASES[1:6], ids=IDS[1:6])
+def test_half_precision(case, nan_empty):
+    tensors, mask = inputs(case, torch.float16)
+    assert_close(run(local_attention_triton, tensors, mask, case[0]), run(local_reference, tensors, mask, case[0], double=True), 5e-3)
+
+
+def test_the_torch_operator_says_the_same():
+    case = CASES[2]
+    tensors, mask = inputs(case)
+    assert_close(run(local_attention_triton, tensors, mask, case[0]), [t.double() for t in run(local_attention, tensors, mask, case[0])], 3e-6)
+
+
+def test_heads_split_among_programs(monkeypatch):
+    """Few balls and many heads per key head: dK and dV in parts, summed; every grouping gives the same."""
+    case = (16, 8, 2, 8, 3, (40,))
+    tensors, mask = inputs(case)
+    exact = run(local_reference, tensors, mask, 16, double=True)
+    for size in (1, 2, 4):
+        monkeypatch.setattr(local, "group_size", lambda heads, programs, device: min(size, heads))
+        assert_close(run(local_attention_triton, tensors, mask, 16, with_pos=False), [*exact[:4], exact[5]], 3e-6)
+
+
+@pytest.mark.parametrize("m", [16, 96, 300])
+def test_same_bits_twice_and_whole_or_in_tiles(m, monkeypatch):
+    """Twice the same bits; and the tiled kernels agree with those that hold a whole ball."""
+    tensors, mask = inputs((m, 2, 1, 16, 3, (m + 5,)))
+    a, b = (run(local_attention_triton, tensors, mask, m) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    B = 16 if m < 300 else 128
+    small = local.Plan(m, False, False, (B, 2 * B, 4, None), (2 * B, B, 4, None), (B, 2 * B, 4, None))
+    monkeypatch.setattr(local, "plan", lambda *_: small)
+    assert_close(run(local_attention_triton, tensors, mask, m), [t.double() for t in a], 3e-6)
+
+
+def test_points_of_a_row_that_coincide():
+    """Equal positions: distance zero, no gradient through it, no NaN."""
+    tensors, mask = inputs((16, 2, 1, 4, 3, (20,)))
+    tensors[3] = torch.zeros_like(tensors[3])
+    mine = run(local_attention_triton, tensors, mask, 16)
+    assert (mine[4] == 0).all() and all(t.isfinite().all() for t in mine)
+
+
+def test_far_from_the_origin():
+    """Distances come from differences: a shift by 2^10 of positions on a grid of 2^-10 changes no bit."""
+    tensors, mask = inputs((32, 2, 1, 8, 3, (50,)))
+    tensors[3] = (tensors[3] * 1024).round() / 1024
+    a = run(local_attention_triton, tensors, mask, 32)
+    tensors[3] = tensors[3] + 1024
+    assert all(torch.equal(x, y) for x, y in zip(run(local_attention_triton, tensors, mask, 32), a))
+
+
+def test_registration():
+    tensors, mask = inputs((16, 2, 1, 4, 3, (20,)))
+    out, lse = local.local_fwd(*tensors, mask, 16)
+    assert lse.shape == (2, len(mask)) and (lse[:, ~mask] == float("inf")).all()
+    for with_pos in (False, True): torch.library.opcheck(local.local_bwd, (torch.randn_like(out), *tensors, mask, out, lse, 16, with_pos))
+    torch.library.opcheck(local.local_fwd, (*[t.requires_grad_() for t in tensors], mask, 16))
+    compiled = torch.compile(lambda *t: local_attention_triton(*t) * 2, fullgraph=True, backend="aot_eager")
+    assert_close(run(compiled, tensors, mask, 16), [t.double() for t in run(lambda *t: local_attention_triton(*t) * 2, tensors, mask, 16)], 1e-6)
+
+
+@pytest.mark.parametrize("d", [4, 5, 16, 20, 48, 64, 100, 128])
+@pytest.mark.parametrize("m", [4, 7, 16, 33, 64, 96, 128, 200, 256, 300, 512, 1000, 1024])
+def test_plans_fit(m, d):
+    """Whole balls a tile; tiles of 16 bits in shared memory, accumulators in registers."""
+    for bits, exact in ((16, False), (32, False), (32, True)):
+        p = plan(m, d, bits, exact)
+        assert p.rows % m == 0 and p.pack == (p.rows > m) and (not p.pack or p.fwd[1] >= p.rows <= p.bwd[1])
+        for BM, BN, warps, stages in (p.fwd, p.bwd, p.dq):
+            assert BM * BN <= 16384 and (2 * BM + 2 * BN) * max(16, 1 << (d - 1).bit_length()) * bits // 8 <= 200_000, (p, d, bits)
+
+
+@pytest.mark.parametrize("change, message", [(dict(ball_size=3), "ball_size is 3 for 32 slots"), (dict(sigma=torch.zeros(3)), "needed: .32, D."), (dict(k=torch.zeros(32, 2, 5)), "H a multiple of H_kv"),
+                                             (dict(mask=torch.ones(32)), "bool"), (dict(q=torch.zeros(32, 2, 4, dtype=torch.float64)), "float64 has no kernel"),
+                                             (dict(q=torch.zeros(32, 2, 4, dtype=torch.bfloat16)), "bfloat16 wrongly"), (dict(pos=torch.zeros(32, 5)), "at most 4")])
+def test_what_it_refuses(change, message):
+    good = dict(q=torch.zeros(32, 2, 4), k=torch.zeros(32, 1, 4), v=torch.zeros(32, 1, 4), pos=torch.zeros(32, 3), sigma=torch.zeros(2), mask=torch.ones(32, dtype=torch.bool), ball_size=16)
+    with pytest.raises(ValueError, match=message): local_attention_triton(**{**good, **change})

@@ -1,0 +1,134 @@
+"""Selected attention in Triton, run by the interpreter on the CPU: against the torch operator in float64, on sizes that take every path."""
+import pytest
+import torch
+
+from erwin_nsa.geometry.balltree import slot_layout
+from erwin_nsa.kernels import selected
+from erwin_nsa.kernels.env import INTERPRET
+from erwin_nsa.kernels.selected import invert_selection, selected_attention_reference, selected_attention_triton, walk_lists
+from erwin_nsa.nn.selected import selected_attention
+
+pytestmark = [pytest.mark.skipif(not INTERPRET, reason="the interpreter is off: tests/gpu has the tests of compiled kernels"),
+              pytest.mark.usefixtures("nan_empty")]
+#        sizes         b  k  H  H_kv d
+CASES = [((1,),        4, 2, 2, 1, 5), ((31,), 8, 3, 4, 2, 4), ((33,), 32, 2, 2, 2, 20), ((13, 1, 6), 4, 4, 3, 3, 48), ((19, 3), 8, 3, 16, 1, 16),
+         ((24,),       5, 3, 6, 2, 7), ((9, 5), 1, 4, 2, 1, 4), ((80,), 70, 2, 2, 1, 16)]
+cases = pytest.mark.parametrize("case", CASES, ids=lambda c: f"n{'_'.join(map(str, c[0]))}-b{c[1]}k{c[2]}H{c[3]}kv{c[4]}d{c[5]}")
+per_row = pytest.mark.parametrize("per", ["point", "ball"])
+PARTS = ("output", "dq", "dk", "dv")
+
+
+def make(case, per, kind="repeats", seed=0):
+    """Tensors, a gradient to pull on the output with, and the other arguments."""
+    sizes, b, k, H, H_kv, d = case
+    mask = slot_layout(tuple(sizes), (b,)).mask
+    S, W, g = len(mask), len(mask) // b, torch.Generator().manual_seed(seed)
+    shape = (H_kv, S if per == "point" else W, k)
+    picks = {"repeats": torch.randint(-1, W, shape, generator=g), "none": torch.full(shape, -1),
+             "same": torch.full(shape, W - 1), "own": (torch.arange(shape[1])[:, None] * W // shape[1]).expand(shape)}[kind]
+    draw = lambda h: torch.randn(S, h, d, generator=g)
+    return [draw(H), draw(H_kv), draw(H_kv)], draw(H), (picks, mask, b)
+
+
+def run(op, tensors, pull, rest, dtype):
+    leaves = [t.to(dtype).requires_grad_() for t in tensors]
+    out = op(*leaves, *rest)
+    return [t.detach().double() for t in (out, *torch.autograd.grad(out, leaves, pull.to(dtype)))]
+
+
+def assert_same(mine, exact, tol):
+    for name, a, e in zip(PARTS, mine, exact):
+        assert (a - e).abs().max() <= tol * max(1.0, e.abs().max()), f"{name}: off by {(a - e).abs().max():.1e} at {e.abs().max():.1e}"
+
+
+@cases
+@per_row
+def test_equals_the_torch_operator(case, per):
+    tensors, pull, rest = make(case, per)
+    assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float32), run(selected_attention, tensors, pull, rest, torch.float64), 2e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "same", "own"])
+@per_row
+def test_odd_selections(kind, per):
+    tensors, pull, rest = make(CASES[4], per, kind)
+    mine = run(selected_attention_triton, tensors, pull, rest, torch.float32)
+    assert_same(mine, run(selected_attention_reference, tensors, pull, rest, torch.float64), 3e-6)
+    if kind == "none": assert all((t == 0).all() for t in mine)
+
+
+@per_row
+def test_half_precision_and_its_tiles(per):
+    tensors, pull, rest = make(((40, 3), 8, 3, 4, 1, 64), per)
+    assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float16), run(selected_attention, tensors, pull, rest, torch.float64), 3e-3)
+
+
+@per_row
+def test_masked_slots_may_hold_anything(per):
+    """NaN in masked rows of q, k, v and of the gradient that comes in: same bits as zeros there, twice in a row."""
+    tensors, pull, rest = make(CASES[4], per)
+    gone = ~rest[1][:, None, None]
+    a, b, c = (run(selected_attention_triton, [t.masked_fill(gone, x) for t in tensors], pull.masked_fill(gone, x), rest, torch.float32)
+               for x in (float("nan"), 0.0, 0.0))
+    for name, x, y, z in zip(PARTS, a, b, c): assert torch.equal(x, y) and torch.equal(y, z), name
+
+
+@pytest.mark.parametrize("P", [1, 2, 3])
+def test_walking_together_changes_nothing(P, monkeypatch):
+    tensors, pull, rest = make(CASES[5], "point")
+    monkeypatch.setattr(selected, "TILES", dict(forward=dict(P=P), query=dict(P=P)))
+    assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float32), run(selected_attention, tensors, pull, rest, torch.float64), 2e-6)
+
+
+def test_short_pieces_add_up(monkeypatch):
+    """Lists cut into pieces of one pick."""
+    tensors, pull, rest = make(CASES[4], "ball")
+    monkeypatch.setattr(selected, "_piece_size", lambda *a: 1)
+    assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float32), run(selected_attention, tensors, pull, rest, torch.float64), 2e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_inverse_lists_hold_every_pick_once(chunk):
+    picks = torch.randint(-1, 6, (2, 9, 4), generator=torch.Generator().manual_seed(0))
+    order, offset, start, owner = (t.tolist() for t in invert_selection(picks, 6, chunk))
+    for kv in range(2):
+        for ball in range(6):
+            at = kv * 6 + ball
+            assert order[offset[at]:offset[at + 1]] == [kv * 36 + i for i in (picks[kv].flatten() == ball).nonzero().flatten().tolist()]
+            assert start[at + 1] - start[at] == -(-(offset[at + 1] - offset[at]) // chunk) == owner.count(at)
+
+
+def test_union_holds_every_pick_of_every_row():
+    """Entries decode to (row, ball) pairs: the same multiset as the picks, no entry twice for one row; balls with an empty slot are marked."""
+    picks = torch.randint(-1, 9, (2, 10, 4), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(18) != 7
+    balls, words, count = walk_lists(picks, mask, 2, together=4)
+    for kv in range(2):
+        for g in range(3):
+            n = count[kv, g]
+            entries = list(zip(balls[kv, g, :n].tolist(), words[kv, g, :n].tolist()))
+            pairs = sorted((p, e >> 1) for e, w in entries for p in range(4) if w >> p & 1)
+            assert pairs == sorted((p, i) for p, row in enumerate(picks[kv, 4 * g:4 * g + 4].tolist()) for i in row if i >= 0)
+            assert all(w > 0 and (e & 1) == (e >> 1 == 3) for e, w in entries)
+
+
+@per_row
+def test_operator_is_well_behaved(per):
+    tensors, _, (picks, mask, b) = make(CASES[1], per)
+    torch.library.opcheck(torch.ops.erwin_nsa.selected_fwd.default, (*(t.requires_grad_() for t in tensors), picks, mask, b))
+
+
+def test_compiles_whole():
+    tensors, pull, rest = make(CASES[1], "ball")
+    op = torch.compile(lambda q, k, v: selected_attention_triton(q, k, v, *rest), fullgraph=True, backend="aot_eager")
+    a, e = (run(f, tensors, pull, (), torch.float32) for f in (op, lambda *t: selected_attention_triton(*t, *rest)))
+    assert all(torch.equal(x, y) for x, y in zip(a, e))
+
+
+def test_what_does_not_fit_is_refused():
+    tensors, _, (picks, mask, b) = make(CASES[1], "point")
+    q, k, v = tensors
+    for says, args in (("multiple of H_kv", (q[:, :3], k, v, picks, mask, b)), ("divisors of 32", (q, k, v, picks[:, :5], mask, b)),
+                       ("Cast them", (q.double(), k, v, picks, mask, b)), ("at most 128", (*(t.repeat(1, 1, 33) for t in tensors), picks, mask, b))):
+        with pytest.raises(ValueError, match=says): selected_attention_triton(*args)
+    assert (selected_attention_triton(q, k, v, picks[..., :0], mask, b) == 0).all()
