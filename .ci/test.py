@@ -6,6 +6,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 LIMIT = 1800 # seconds a stage may take
@@ -25,6 +27,7 @@ def run(name:str, command:list, env:dict) -> tuple: # name, seconds, exit status
 def main() -> int: # exit status
     "Checks, notebooks, pytest."
     env = os.environ | {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}{os.pathsep}{os.environ.get('PATH', '')}"}
+    if not torch.cuda.is_available(): env["TRITON_INTERPRET"] = "1" # before anything imports triton in a worker that notebooks share
     with tempfile.TemporaryDirectory() as out:
         smoke = env | {"ERWIN_NSA_SMOKE": "1", "ERWIN_NSA_OUT": out}
         stages = [

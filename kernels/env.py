@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['INTERPRET', 'why_not', 'next_power']
 
-# %% ../nbs/kernels/00_env.ipynb #3a0d50f9
+# %% ../nbs/kernels/00_env.ipynb #9a8496a0
 import os
+import sys
 
 import torch
 
-if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
+if not torch.cuda.is_available() and "triton" not in sys.modules: os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import triton
 import triton.language as tl

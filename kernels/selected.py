@@ -95,7 +95,7 @@ def _union_kernel(PICKS, BALLS, WORDS, COUNT, R, n_picks, n_groups, P: tl.conste
     tl.store(WORDS + at, word, mask=new > 0)
     tl.store(COUNT + row, tl.sum(new, 0))
 
-# %% ../nbs/kernels/03_selected.ipynb #3636ff4b
+# %% ../nbs/kernels/03_selected.ipynb #852dd4f0
 def walk_lists(
     indices:Tensor, # (H_kv, R, k) chosen balls, -1 for none
     mask:Tensor,    # (S,) True where a slot holds a point
@@ -108,7 +108,8 @@ def walk_lists(
     if together == 1: return entries, entries, entries
     balls, words = (entries.new_empty(H_kv, groups, together * picks) for _ in range(2))
     count = entries.new_empty(H_kv, groups)
-    _union_kernel[(groups, H_kv)](entries, balls, words, count, R, picks, groups, P=together, UP=next_power(together * picks), KP=next_power(picks))
+    UP, KP = next_power(together * picks), next_power(picks)
+    _union_kernel[(groups, H_kv)](entries, balls, words, count, R, picks, groups, P=together, UP=UP, KP=KP, num_warps=4 if UP * KP <= 4096 else 8)
     return balls, words, count
 
 # %% ../nbs/kernels/03_selected.ipynb #c5e26cbd

@@ -7,6 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch: small operations
 import pytest
 import torch
 
+if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")   # before anything imports triton
+
 ROOT = Path(__file__).resolve().parents[1]
 BESIDE = ROOT.parent / "shared" / "data"
 if BESIDE.is_dir():

@@ -11,8 +11,8 @@ from erwin_nsa.nn.selected import selected_attention
 pytestmark = [pytest.mark.skipif(not INTERPRET, reason="the interpreter is off: tests/gpu has the tests of compiled kernels"),
               pytest.mark.usefixtures("nan_empty")]
 #        sizes         b  k  H  H_kv d
-CASES = [((1,),        4, 2, 2, 1, 5), ((31,), 8, 3, 4, 2, 4), ((33,), 32, 2, 2, 2, 20), ((13, 1, 6), 4, 4, 3, 3, 48), ((19, 3), 8, 3, 16, 1, 16),
-         ((24,),       5, 3, 6, 2, 7), ((9, 5), 1, 4, 2, 1, 4), ((80,), 70, 2, 2, 1, 16)]
+CASES = [((1,),        4, 2, 2, 1, 5), ((31,), 8, 3, 4, 2, 4), ((33,), 20, 2, 2, 2, 20), ((13, 1, 6), 4, 4, 3, 3, 48), ((19, 3), 8, 3, 16, 1, 16),
+         ((24,),       5, 3, 6, 2, 7), ((9, 5), 1, 4, 2, 1, 4), ((50,), 36, 2, 2, 1, 16)]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: f"n{'_'.join(map(str, c[0]))}-b{c[1]}k{c[2]}H{c[3]}kv{c[4]}d{c[5]}")
 per_row = pytest.mark.parametrize("per", ["point", "ball"])
 PARTS = ("output", "dq", "dk", "dv")
@@ -114,7 +114,7 @@ def test_union_holds_every_pick_of_every_row():
 
 @per_row
 def test_operator_is_well_behaved(per):
-    tensors, _, (picks, mask, b) = make(CASES[1], per)
+    tensors, _, (picks, mask, b) = make(CASES[0], per)
     torch.library.opcheck(torch.ops.erwin_nsa.selected_fwd.default, (*(t.requires_grad_() for t in tensors), picks, mask, b))
 
 

@@ -1,6 +1,6 @@
 """Selected attention in Triton against the torch operator: errors in units of the torch operator's own, bits, memory nobody wrote, compilation.
 
-Run: `python -m pytest tests/gpu/test_kernels_selected.py -n 8`.
+Run: `python -m pytest tests/gpu/test_cuda_selected.py -n 8`.
 """
 import pytest
 import torch
