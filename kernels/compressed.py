@@ -332,7 +332,7 @@ def _keep_best(best, place, votes, o_c):
         low, top = tl.min(best, 1), tl.max(votes, 1)
     return best, place
 
-# %% ../nbs/kernels/02_compressed.ipynb #e869f086
+# %% ../nbs/kernels/02_compressed.ipynb #6b32ce67
 @triton.jit
 def _votes(Q, LSE, K, q, c, first, r, rows, occupied, balls, w0, count, h, scale, H: tl.constexpr, G: tl.constexpr, SUM: tl.constexpr, OWN: tl.constexpr,
            PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, IP: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
@@ -350,6 +350,7 @@ def _votes(Q, LSE, K, q, c, first, r, rows, occupied, balls, w0, count, h, scale
     if OWN: votes = tl.where(o_c[None, :] == (r * PER // BALL)[:, None], float("-inf"), votes)
     return votes
 
+# %% ../nbs/kernels/02_compressed.ipynb #46526987
 @triton.jit
 def _bounded_kernel(Q, K, RUNS, LIST, REDO, CHOSEN, S, B, R, k, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, OWN: tl.constexpr, PER: tl.constexpr,
                     BALL: tl.constexpr, RATIO: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
@@ -381,6 +382,7 @@ def _bounded_kernel(Q, K, RUNS, LIST, REDO, CHOSEN, S, B, R, k, H: tl.constexpr,
     tl.debug_barrier()                                                         # the list is read by other threads than wrote it
     _write_ranked(LIST, CHOSEN, at, (h.to(tl.int64) * R + first // PER + r) * k, listed, tl.minimum(most, CAP), k, first // BALL, CAP)
 
+# %% ../nbs/kernels/02_compressed.ipynb #0c8fcbb1
 @triton.jit
 def _write_ranked(LIST, CHOSEN, at, row, listed, most, k, ball0, CAP: tl.constexpr):
     "Rank the listed entries of each row and write the best k."
@@ -395,7 +397,7 @@ def _write_ranked(LIST, CHOSEN, at, row, listed, most, k, ball0, CAP: tl.constex
     ball = (entry & 2147483647) + ball0
     tl.store(CHOSEN + row[:, None] + rank, ball, mask=(o_l[None, :] < listed[:, None]) & (rank < k))
 
-# %% ../nbs/kernels/02_compressed.ipynb #966ce886
+# %% ../nbs/kernels/02_compressed.ipynb #aa51156e
 @triton.jit
 def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, SUM: tl.constexpr, OWN: tl.constexpr,
                    PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, KP: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -422,7 +424,7 @@ def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.const
         tl.store(CHOSEN + row + j, ball, mask=r < rows)
         best = tl.where(place == column[:, None], float("-inf"), best)
 
-# %% ../nbs/kernels/02_compressed.ipynb #b584f084
+# %% ../nbs/kernels/02_compressed.ipynb #fac7d030
 @torch.library.custom_op("erwin_nsa::compressed_select", mutates_args=())
 def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Tensor], runs:Tensor, k:int, ball_size:int, ratio:int,
                        by_sum:bool, by_ball:bool, exclude_own:bool, max_occupied:int) -> Tensor:
@@ -447,7 +449,7 @@ def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Te
 def _(q, kc, mk, lse, runs, k, ball_size, ratio, by_sum, by_ball, exclude_own, max_occupied):
     return q.new_empty((kc.shape[1], q.shape[0] // (ball_size if by_ball else 1), k), dtype=torch.int64)
 
-# %% ../nbs/kernels/02_compressed.ipynb #b4abfa8d
+# %% ../nbs/kernels/02_compressed.ipynb #547e36ad
 def select_balls_triton(
     q:Tensor,  # (S, H, d) queries in ball order
     kc:Tensor, # (W, H_kv, d) compressed keys

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CHUNK_ELEMENTS', 'METHODS', 'knn_graph', 'radius_graph']
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #e0b10136
+# %% ../../nbs/geometry/02_neighbours.ipynb #4e0d8a06
 import math
 import warnings
 
@@ -14,52 +14,50 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #a862144e
-def _fail(given:str, needed:str, do:str):
-    "Raise the ValueError that every check of this module raises."
-    raise ValueError(f"given: {given}; needed: {needed}; do: {do}")
+from .points import refuse
 
+# %% ../../nbs/geometry/02_neighbours.ipynb #b9a6b87e
 def _checked_pos(pos:Tensor)->Tensor: # (N, D) the same positions in float64, without gradient
     "Check positions and return them in double precision."
     if not isinstance(pos, Tensor) or not pos.is_floating_point():
         kind = pos.dtype if isinstance(pos, Tensor) else type(pos).__name__
-        _fail(f"pos of type {kind}", "a floating-point torch tensor", "pass torch.as_tensor(pos, dtype=torch.float32)")
+        refuse(f"pos of type {kind}", "a floating-point torch tensor", "pass torch.as_tensor(pos, dtype=torch.float32)")
     if pos.ndim != 2 or pos.shape[1] < 1:
-        _fail(f"pos of shape {tuple(pos.shape)}", "(N, D)", "pack all clouds along the first axis and pass batch")
+        refuse(f"pos of shape {tuple(pos.shape)}", "(N, D)", "pack all clouds along the first axis and pass batch")
     bad = (~torch.isfinite(pos).all(1)).nonzero().flatten()
     if len(bad):
-        _fail(f"pos with NaN or inf in {len(bad)} of {len(pos)} points, first at row {int(bad[0])}", "finite positions",
+        refuse(f"pos with NaN or inf in {len(bad)} of {len(pos)} points, first at row {int(bad[0])}", "finite positions",
               "drop those points with pos[torch.isfinite(pos).all(1)]")
     return pos.detach().double()
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #ccd549b5
+# %% ../../nbs/geometry/02_neighbours.ipynb #05bdedc8
 def _cloud_counts(pos:Tensor, batch:Tensor=None)->list: # points of each cloud that has any, in packed order
     "Check `batch` and count the points of each cloud."
     n = len(pos)
     if batch is None: return [n] if n else []
     if not isinstance(batch, Tensor) or batch.dtype != torch.int64:
         kind = batch.dtype if isinstance(batch, Tensor) else type(batch).__name__
-        _fail(f"batch of type {kind}", "an int64 torch tensor", "pass batch.long()")
+        refuse(f"batch of type {kind}", "an int64 torch tensor", "pass batch.long()")
     if batch.shape != (n,):
-        _fail(f"batch of shape {tuple(batch.shape)} for {n} points", f"({n},)", "pass one cloud id for each row of pos")
+        refuse(f"batch of shape {tuple(batch.shape)} for {n} points", f"({n},)", "pass one cloud id for each row of pos")
     if batch.device != pos.device:
-        _fail(f"batch on {batch.device} and pos on {pos.device}", "one device", "pass batch.to(pos.device)")
+        refuse(f"batch on {batch.device} and pos on {pos.device}", "one device", "pass batch.to(pos.device)")
     if n and (int(batch[0]) < 0 or bool((batch[1:] < batch[:-1]).any())):
-        _fail("batch that is unsorted or negative", "sorted cloud ids from 0",
+        refuse("batch that is unsorted or negative", "sorted cloud ids from 0",
               "sort first: order = batch.argsort(stable=True), then pos[order] and batch[order]")
     return torch.unique_consecutive(batch, return_counts=True)[1].tolist()
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #d52503d4
+# %% ../../nbs/geometry/02_neighbours.ipynb #bbb3ccd4
 def _checked_box(box, dim:int, radius:float=None)->Tensor: # (D,) box lengths in float64 on the CPU, or None
     "Check the lengths of a periodic box, and the radius against them."
     if box is None: return None
     lengths = torch.as_tensor(box, dtype=torch.float64).detach().cpu().flatten()
     if len(lengths) not in (1, dim):
-        _fail(f"box of {len(lengths)} lengths for {dim}-dimensional positions", f"1 or {dim} lengths", "pass a float or one length per axis")
+        refuse(f"box of {len(lengths)} lengths for {dim}-dimensional positions", f"1 or {dim} lengths", "pass a float or one length per axis")
     if not bool((torch.isfinite(lengths) & (lengths > 0)).all()):
-        _fail(f"box={lengths.tolist()}", "finite lengths above 0", "pass box=None for open space")
+        refuse(f"box={lengths.tolist()}", "finite lengths above 0", "pass box=None for open space")
     if radius is not None and radius >= float(lengths.min()) / 2:
-        _fail(f"radius={radius} in a box of {float(lengths.min())}", "radius below half the box, so that a point meets one image of another",
+        refuse(f"radius={radius} in a box of {float(lengths.min())}", "radius below half the box, so that a point meets one image of another",
               "lower the radius or repeat the box")
     return lengths.expand(dim).contiguous()
 
@@ -162,13 +160,13 @@ def _by_torch(pos:Tensor, counts:list, box:Tensor=None, k:int=None, radius:float
     if not found: found = [(torch.empty(0, dtype=torch.int64, device=pos.device),) * 2 + (pos.new_empty(0),)]
     return tuple(torch.cat(part) for part in zip(*found))
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #794495ad
+# %% ../../nbs/geometry/02_neighbours.ipynb #e1f054b6
 METHODS = ("auto", "kdtree", "torch")
 
 def _method(pos:Tensor, method:str)->str: # "kdtree" or "torch"
     "The search that `method` names for points on this device."
     if method not in METHODS:
-        _fail(f"method={method!r}", f"one of {METHODS}", "leave method='auto'")
+        refuse(f"method={method!r}", f"one of {METHODS}", "leave method='auto'")
     if method != "auto": return method
     return "torch" if pos.is_cuda else "kdtree"
 
@@ -177,7 +175,7 @@ def _self_edges(n:int, device)->tuple: # (source, target, distance), each (n,)
     own = torch.arange(n, device=device)
     return own, own, torch.full((n,), -1., dtype=torch.float64, device=device)
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #068230e0
+# %% ../../nbs/geometry/02_neighbours.ipynb #1c45da77
 def knn_graph(
     pos:Tensor, # (N, D) positions [length unit of the data set]
     k:int, # neighbours of a point; with loop=True the point itself counts as one of them
@@ -188,7 +186,7 @@ def knn_graph(
 )->Tensor: # (2, E) int64: row 0 source, row 1 target; sorted by target, then distance, then source
     "Edges from the k nearest points of the same cloud (all there are, if fewer). Raises ValueError on bad input."
     if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
-        _fail(f"k={k!r}", "an integer of at least 1", "pass the number of neighbours of a point")
+        refuse(f"k={k!r}", "an integer of at least 1", "pass the number of neighbours of a point")
     points, box = _checked_pos(pos), _checked_box(box, pos.shape[1])
     counts, others, method = _cloud_counts(pos, batch), int(k) - bool(loop), _method(pos, method)
     if box is not None: points = _wrap(points, box)
@@ -215,7 +213,7 @@ def _capped(found:tuple, cap:int, n:int)->tuple: # (source, target, distance) wi
                       f"pass max_neighbours=None to keep all or lower the radius", UserWarning, stacklevel=3)
     return source[kept], target[kept], dist[kept]
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #c955f88f
+# %% ../../nbs/geometry/02_neighbours.ipynb #26e45538
 def radius_graph(
     pos:Tensor, # (N, D) positions [length unit of the data set]
     radius:float, # largest distance of an edge, itself included [unit of pos]
@@ -227,9 +225,9 @@ def radius_graph(
 )->Tensor: # (2, E) int64: row 0 source, row 1 target; sorted by target, then source
     "Edges from every point of the same cloud within the radius. Raises ValueError on bad input; warns when the cap drops edges."
     if not (isinstance(radius, (int, float, np.number)) and math.isfinite(radius) and radius > 0):
-        _fail(f"radius={radius!r}", "a finite number above 0", "pass a distance in the unit of pos")
+        refuse(f"radius={radius!r}", "a finite number above 0", "pass a distance in the unit of pos")
     if max_neighbours is not None and (not isinstance(max_neighbours, (int, np.integer)) or max_neighbours < 1):
-        _fail(f"max_neighbours={max_neighbours!r}", "an integer of at least 1 or None", "pass None to keep all edges")
+        refuse(f"max_neighbours={max_neighbours!r}", "an integer of at least 1 or None", "pass None to keep all edges")
     radius = float(radius)
     points, box = _checked_pos(pos), _checked_box(box, pos.shape[1], radius)
     counts, method = _cloud_counts(pos, batch), _method(pos, method)

@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['EDGE_CHUNK', 'IMPLS', 'StepParams', 'published_mpnn_step', 'edge_degree', 'mpnn_step', 'MPNNLayer', 'MPNN']
 
-# %% ../../nbs/nn/01_mpnn.ipynb #31a52bbe
+# %% ../../nbs/nn/01_mpnn.ipynb #2849e97c
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from ..geometry.points import refuse
+from .runtime import resolve_impl
 
 # %% ../../nbs/nn/01_mpnn.ipynb #6905b7c2
 class StepParams(NamedTuple):
@@ -105,38 +108,27 @@ def _step_torch(h:Tensor, pos:Tensor, edge_index:Tensor, params:StepParams, degr
     change = F.linear(h, params.update_weight[:, :c], params.update_bias) + F.linear(mean, params.update_weight[:, c:])
     return h + F.layer_norm(change, (c,), params.update_scale, params.update_shift)
 
-# %% ../../nbs/nn/01_mpnn.ipynb #6203ed41
-IMPLS = {"torch": _step_torch}
-
-def _fail(given:str, needed:str, do:str):
-    "Raise the ValueError that every check of this module raises."
-    raise ValueError(f"given: {given}; needed: {needed}; do: {do}")
+# %% ../../nbs/nn/01_mpnn.ipynb #5f0f1436
+IMPLS = {"torch": _step_torch} # by name, best first
 
 def _check_graph(h:Tensor, pos:Tensor, edge_index:Tensor, c:int, dim:int):
     "Raise ValueError where features, positions and edges do not fit each other or the weights."
     if h.ndim != 2 or h.shape[1] != c or not h.is_floating_point():
-        _fail(f"h of shape {tuple(h.shape)} and dtype {h.dtype}", f"floating-point (N, {c})", "embed the inputs with a Linear layer first")
+        refuse(f"h of shape {tuple(h.shape)} and dtype {h.dtype}", f"floating-point (N, {c})", "embed the inputs with a Linear layer first")
     if pos.shape != (len(h), dim) or not pos.is_floating_point():
-        _fail(f"pos of shape {tuple(pos.shape)} and dtype {pos.dtype} for {len(h)} points", f"floating-point ({len(h)}, {dim})",
+        refuse(f"pos of shape {tuple(pos.shape)} and dtype {pos.dtype} for {len(h)} points", f"floating-point ({len(h)}, {dim})",
               "pass one position a point and set dimensionality to its width")
     if not isinstance(edge_index, Tensor) or edge_index.dtype != torch.int64 or edge_index.ndim != 2 or edge_index.shape[0] != 2:
         kind = f"{tuple(edge_index.shape)}, {edge_index.dtype}" if isinstance(edge_index, Tensor) else type(edge_index).__name__
-        _fail(f"edge_index {kind}", "an int64 tensor (2, E)", "build it with knn_graph or radius_graph")
+        refuse(f"edge_index {kind}", "an int64 tensor (2, E)", "build it with knn_graph or radius_graph")
     if not h.device == pos.device == edge_index.device:
-        _fail(f"h on {h.device}, pos on {pos.device}, edge_index on {edge_index.device}", "one device", "move all with .to(h.device)")
+        refuse(f"h on {h.device}, pos on {pos.device}, edge_index on {edge_index.device}", "one device", "move all with .to(h.device)")
     if edge_index.numel() and not edge_index.is_cuda and not torch.compiler.is_compiling():
         low, high = edge_index.aminmax()
         if low < 0 or high >= len(h):
-            _fail(f"edge_index from {int(low)} to {int(high)}", f"indices from 0 to {len(h) - 1}", "build the graph from the same points as h")
+            refuse(f"edge_index from {int(low)} to {int(high)}", f"indices from 0 to {len(h) - 1}", "build the graph from the same points as h")
 
-def _impl(name:str)->str: # a key of IMPLS
-    "The implementation that `name` stands for."
-    if name == "auto": return "torch"
-    if name not in IMPLS:
-        _fail(f"impl={name!r}", f"one of {('auto', *IMPLS)}", "leave impl='auto'")
-    return name
-
-# %% ../../nbs/nn/01_mpnn.ipynb #b33a52a7
+# %% ../../nbs/nn/01_mpnn.ipynb #68837c65
 def mpnn_step(
     h:Tensor, # (N, c) features of the points [-]
     pos:Tensor, # (N, D) positions [length unit of the data set]
@@ -149,7 +141,7 @@ def mpnn_step(
     impl:str="auto", # "auto" or "torch"
 )->Tensor: # (N, c) new features
     "One message-passing step in factored form; equals `published_mpnn_step` to rounding. Raises ValueError on bad input."
-    step, c = IMPLS[_impl(impl)], params.message_weight.shape[0]
+    step, c = IMPLS[resolve_impl(impl, dict.fromkeys(IMPLS))], params.message_weight.shape[0]
     _check_graph(h, pos, edge_index, c, params.message_weight.shape[1] - 2 * c)
     if degree is None: degree = edge_degree(edge_index, len(h))
     return step(h, pos, edge_index, params, degree, geometry_grad, recompute)
@@ -174,7 +166,7 @@ class MPNNLayer(nn.Module):
         return StepParams(self.message.weight, self.message.bias, self.message_norm.weight, self.message_norm.bias,
                           self.update.weight, self.update.bias, self.update_norm.weight, self.update_norm.bias)
 
-# %% ../../nbs/nn/01_mpnn.ipynb #6366fd3f
+# %% ../../nbs/nn/01_mpnn.ipynb #f3142b83
 class MPNN(nn.Module):
     "Erwin's embedding: `steps` rounds of message passing, parameters not shared. Raises ValueError on bad input."
     def __init__(self,
@@ -187,8 +179,8 @@ class MPNN(nn.Module):
     ):
         super().__init__()
         if c < 1 or steps < 0 or dimensionality < 1:
-            _fail(f"c={c}, steps={steps}, dimensionality={dimensionality}", "c >= 1, steps >= 0, dimensionality >= 1", "correct the sizes")
-        self.c, self.dimensionality, self.impl = c, dimensionality, _impl(impl)
+            refuse(f"c={c}, steps={steps}, dimensionality={dimensionality}", "c >= 1, steps >= 0, dimensionality >= 1", "correct the sizes")
+        self.c, self.dimensionality, self.impl = c, dimensionality, resolve_impl(impl, dict.fromkeys(IMPLS))
         self.geometry_grad, self.recompute = geometry_grad, recompute
         self.layers = nn.ModuleList(MPNNLayer(c, dimensionality) for _ in range(steps))
 
