@@ -32,7 +32,7 @@ def compressed_reference(
         done = slot + occupied
     return torch.cat([*parts, torch.zeros_like(q[done:])])
 
-# %% ../nbs/kernels/02_compressed.ipynb #961697f2
+# %% ../nbs/kernels/02_compressed.ipynb #0cebc654
 @triton.jit
 def _cloud(RUNS, S, B):
     "First slot, occupied slots, first window, windows in use, all slots of this program's cloud."
@@ -44,42 +44,50 @@ def _cloud(RUNS, S, B):
     return first, tl.load(run + 1).to(tl.int32), tl.load(run + 2).to(tl.int64), tl.load(run + 3).to(tl.int32), slots.to(tl.int32)
 
 @triton.jit
-def _head_rows(first, r, h, H: tl.constexpr, G: tl.constexpr):
-    "Row of the (S H, d) matrix that holds head h G + r % G of the cloud's point r // G."
-    return (first + r // G) * H + h * G + r % G
+def _row_base(first, r0, h, H: tl.constexpr, G: tl.constexpr):
+    "Row of the (S H, d) matrix where the tile at row r0 of the cloud starts, 64 bits."
+    return (first + r0 // G) * H + h * G
 
 @triton.jit
-def _load(P, rows, real, d: tl.constexpr, D: tl.constexpr):
-    "A tile (rows, D) of a matrix of width d, zero outside."
-    o_d = tl.arange(0, D)
-    if d == D: return tl.load(P + rows[:, None] * d + o_d[None, :], mask=real[:, None], other=0.0)
-    return tl.load(P + rows[:, None] * d + o_d[None, :], mask=real[:, None] & (o_d < d)[None, :], other=0.0)
+def _row_offsets(r0, H: tl.constexpr, G: tl.constexpr, BM: tl.constexpr):
+    "Rows of the tile from there, 32 bits; the same for every tile when G divides BM."
+    o_m = tl.arange(0, BM)
+    if BM % G == 0: return o_m // G * H + o_m % G
+    return ((r0 + o_m) // G - r0 // G) * H + (r0 + o_m) % G
 
 @triton.jit
-def _store(P, rows, real, tile, d: tl.constexpr, D: tl.constexpr):
+def _load(P, base, offsets, real, d: tl.constexpr, D: tl.constexpr):
+    "A tile (rows, D) of a matrix of width d, zero outside: rows base + offsets."
     o_d = tl.arange(0, D)
-    tl.store(P + rows[:, None] * d + o_d[None, :], tile.to(P.dtype.element_ty), mask=real[:, None] & (o_d < d)[None, :])
+    at = P + base * d + (offsets[:, None] * d + o_d[None, :])
+    if d == D: return tl.load(at, mask=real[:, None], other=0.0)
+    return tl.load(at, mask=real[:, None] & (o_d < d)[None, :], other=0.0)
+
+@triton.jit
+def _store(P, base, offsets, real, tile, d: tl.constexpr, D: tl.constexpr):
+    o_d = tl.arange(0, D)
+    tl.store(P + base * d + (offsets[:, None] * d + o_d[None, :]), tile.to(P.dtype.element_ty), mask=real[:, None] & (o_d < d)[None, :])
 
 @triton.jit
 def _blank_tail(P, first, start, stop, h, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, D: tl.constexpr):
     "Zeros in rows start to stop."
     for r in range(start, stop, BM):
-        o_m = r + tl.arange(0, BM)
-        _store(P, _head_rows(first, o_m, h, H, G), o_m < stop, tl.zeros((BM, D), tl.float32), d, D)
+        _store(P, _row_base(first, r, h, H, G), (r % G + tl.arange(0, BM)) // G * H + (r + tl.arange(0, BM)) % G, r + tl.arange(0, BM) < stop,
+               tl.zeros((BM, D), tl.float32), d, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #425a9bd1
+# %% ../nbs/kernels/02_compressed.ipynb #c900623f
 @triton.jit
-def _forward_step(q, m, l, acc, K, V, rows, seen, scale, VALUES: tl.constexpr, MASKED: tl.constexpr, IP: tl.constexpr,
+def _forward_step(q, m, l, acc, K, V, base, keys, seen, scale, VALUES: tl.constexpr, MASKED: tl.constexpr, IP: tl.constexpr,
                   d: tl.constexpr, D: tl.constexpr):
-    "One tile of keys: `rows` of K and V, `seen` those that exist."
-    s = tl.dot(q, tl.trans(_load(K, rows, seen, d, D)), input_precision=IP)
+    "One tile of keys: rows `base + keys` of K and V, `seen` those that exist."
+    s = tl.dot(q, tl.trans(_load(K, base, keys, seen, d, D)), input_precision=IP)
     if MASKED: s = tl.where(seen[None, :], s, float("-inf"))
     new = tl.maximum(m, tl.max(s, 1) * scale)
     p = tl.exp2(s * scale - new[:, None])
     shrink = tl.exp2(m - new)
     l = l * shrink + tl.sum(p, 1)
     if VALUES:
-        v = _load(V, rows, seen, d, D)
+        v = _load(V, base, keys, seen, d, D)
         acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=IP)
     return new, l, acc
 
@@ -92,8 +100,8 @@ def _forward_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, S, B, scale, H: tl.constexp
     last = tl.maximum(tl.cdiv(rows, BM), 1) - 1
     if tile > last: return
     o_m, o_n = tile * BM + tl.arange(0, BM), tl.arange(0, BN)
-    at, real = _head_rows(first, o_m, h, H, G), o_m < rows
-    q = _load(Q, at, real, d, D)
+    base, rows_in, real = _row_base(first, tile * BM, h, H, G), _row_offsets(tile * BM, H, G, BM), o_m < rows
+    q = _load(Q, base, rows_in, real, d, D)
     m, l, acc = tl.full((BM,), float("-inf"), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM, D), tl.float32)
     if MEMORY:
         o_d = tl.arange(0, D)
@@ -102,21 +110,21 @@ def _forward_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, S, B, scale, H: tl.constexp
         acc += tl.load(MV + h * d + o_d, mask=o_d < d, other=0.0).to(tl.float32)[None, :]
     full = count // BN * BN
     for n in range(0, full, BN):
-        m, l, acc = _forward_step(q, m, l, acc, K, V, (w0 + n + o_n) * (H // G) + h, n + o_n >= 0, scale, VALUES, False, IP, d, D)
+        m, l, acc = _forward_step(q, m, l, acc, K, V, (w0 + n) * (H // G) + h, o_n * (H // G), o_n >= 0, scale, VALUES, False, IP, d, D)
     if full < count:
-        m, l, acc = _forward_step(q, m, l, acc, K, V, (w0 + full + o_n) * (H // G) + h, full + o_n < count, scale, VALUES, True, IP, d, D)
-    tl.store(LSE + at, m + tl.log2(l), mask=real)
-    if VALUES: _store(OUT, at, real, acc / l[:, None], d, D)
+        m, l, acc = _forward_step(q, m, l, acc, K, V, (w0 + full) * (H // G) + h, o_n * (H // G), full + o_n < count, scale, VALUES, True, IP, d, D)
+    tl.store(LSE + base + rows_in, m + tl.log2(l), mask=real)
+    if VALUES: _store(OUT, base, rows_in, real, acc / l[:, None], d, D)
     if tile == last:
         for r in range(rows, slots * G, BM):
-            o_r = r + tl.arange(0, BM)
-            tl.store(LSE + _head_rows(first, o_r, h, H, G), tl.zeros((BM,), tl.float32), mask=o_r < slots * G)
+            at = _row_base(first, r, h, H, G) + (r % G + tl.arange(0, BM)) // G * H + (r + tl.arange(0, BM)) % G
+            tl.store(LSE + at, tl.zeros((BM,), tl.float32), mask=r + tl.arange(0, BM) < slots * G)
         if VALUES: _blank_tail(OUT, first, rows, slots * G, h, H, G, d, BM, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #87f8049c
+# %% ../nbs/kernels/02_compressed.ipynb #97e5aa13
 @triton.jit
-def _dq_step(q, do, lse, delta, dq, K, V, rows, seen, scale, MASKED: tl.constexpr, IP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
-    k, v = _load(K, rows, seen, d, D), _load(V, rows, seen, d, D)
+def _dq_step(q, do, lse, delta, dq, K, V, base, keys, seen, scale, MASKED: tl.constexpr, IP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
+    k, v = _load(K, base, keys, seen, d, D), _load(V, base, keys, seen, d, D)
     s = tl.dot(q, tl.trans(k), input_precision=IP)
     p = tl.exp2(s * scale - lse[:, None])
     if MASKED: p = tl.where(seen[None, :], p, 0.0)
@@ -132,11 +140,11 @@ def _dq_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, DO, DELTA, DQ, DMK, DMV, S, B, s
     last = tl.maximum(tl.cdiv(rows, BM), 1) - 1
     if tile > last: return
     o_m, o_n, o_d = tile * BM + tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, D)
-    at, real = _head_rows(first, o_m, h, H, G), o_m < rows
-    q, do = _load(Q, at, real, d, D), _load(DO, at, real, d, D)
-    delta = tl.sum(_load(OUT, at, real, d, D).to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(DELTA + at, delta, mask=real)
-    lse = tl.load(LSE + at, mask=real, other=0.0)
+    base, rows_in, real = _row_base(first, tile * BM, h, H, G), _row_offsets(tile * BM, H, G, BM), o_m < rows
+    q, do = _load(Q, base, rows_in, real, d, D), _load(DO, base, rows_in, real, d, D)
+    delta = tl.sum(_load(OUT, base, rows_in, real, d, D).to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(DELTA + base + rows_in, delta, mask=real)
+    lse = tl.load(LSE + base + rows_in, mask=real, other=0.0)
     dq = tl.zeros((BM, D), tl.float32)
     if MEMORY:
         mk = tl.load(MK + h * d + o_d, mask=o_d < d, other=0.0).to(tl.float32)[None, :]
@@ -149,13 +157,13 @@ def _dq_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, DO, DELTA, DQ, DMK, DMV, S, B, s
         tl.store(DMV + part + o_d, tl.sum(p * do.to(tl.float32), 0), mask=o_d < d)
     full = count // BN * BN
     for n in range(0, full, BN):
-        dq = _dq_step(q, do, lse, delta, dq, K, V, (w0 + n + o_n) * (H // G) + h, n + o_n >= 0, scale, False, IP, d, D)
+        dq = _dq_step(q, do, lse, delta, dq, K, V, (w0 + n) * (H // G) + h, o_n * (H // G), o_n >= 0, scale, False, IP, d, D)
     if full < count:
-        dq = _dq_step(q, do, lse, delta, dq, K, V, (w0 + full + o_n) * (H // G) + h, full + o_n < count, scale, True, IP, d, D)
-    _store(DQ, at, real, dq * root, d, D)
+        dq = _dq_step(q, do, lse, delta, dq, K, V, (w0 + full) * (H // G) + h, o_n * (H // G), full + o_n < count, scale, True, IP, d, D)
+    _store(DQ, base, rows_in, real, dq * root, d, D)
     if tile == last: _blank_tail(DQ, first, rows, slots * G, h, H, G, d, BM, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #b69cb65c
+# %% ../nbs/kernels/02_compressed.ipynb #5a02e4c0
 @triton.jit
 def _dkv_kernel(Q, K, V, RUNS, LSE, DO, DELTA, DK, DV, S, B, W, tiles, splits, scale, root, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
                 IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
@@ -163,28 +171,28 @@ def _dkv_kernel(Q, K, V, RUNS, LSE, DO, DELTA, DK, DV, S, B, W, tiles, splits, s
     first, occupied, w0, count, slots = _cloud(RUNS, S, B)
     if tile * BN >= count: return
     o_n, o_m = tile * BN + tl.arange(0, BN), tl.arange(0, BM)
-    seen, keys = o_n < count, (w0 + o_n) * (H // G) + h
-    k, v = _load(K, keys, seen, d, D), _load(V, keys, seen, d, D)
+    seen, base, keys = o_n < count, (w0 + tile * BN) * (H // G) + h, tl.arange(0, BN) * (H // G)
+    k, v = _load(K, base, keys, seen, d, D), _load(V, base, keys, seen, d, D)
     dk, dv = tl.zeros((BN, D), tl.float32), tl.zeros((BN, D), tl.float32)
     part = tl.cdiv(tl.cdiv(occupied * G, BM), splits) * BM
     start = split * part
     stop = tl.minimum(start + part, occupied * G)
-    at, real = _head_rows(first, start + o_m, h, H, G), start + o_m < stop
-    next_lse, next_delta = tl.load(LSE + at, mask=real, other=0.0), tl.load(DELTA + at, mask=real, other=0.0)
+    at, rows_in, real = _row_base(first, start, h, H, G), _row_offsets(start, H, G, BM), start + o_m < stop
+    next_lse, next_delta = tl.load(LSE + at + rows_in, mask=real, other=0.0), tl.load(DELTA + at + rows_in, mask=real, other=0.0)
     for r in range(start, stop, BM):
         lse, delta = next_lse, next_delta                                      # loaded one turn ahead: they come late otherwise
-        at, real = _head_rows(first, r + BM + o_m, h, H, G), r + BM + o_m < stop
-        next_lse, next_delta = tl.load(LSE + at, mask=real, other=0.0), tl.load(DELTA + at, mask=real, other=0.0)
-        at, real = _head_rows(first, r + o_m, h, H, G), r + o_m < stop
-        q, do = _load(Q, at, real, d, D), _load(DO, at, real, d, D)
+        at, rows_in, real = _row_base(first, r + BM, h, H, G), _row_offsets(r + BM, H, G, BM), r + BM + o_m < stop
+        next_lse, next_delta = tl.load(LSE + at + rows_in, mask=real, other=0.0), tl.load(DELTA + at + rows_in, mask=real, other=0.0)
+        at, rows_in, real = _row_base(first, r, h, H, G), _row_offsets(r, H, G, BM), r + o_m < stop
+        q, do = _load(Q, at, rows_in, real, d, D), _load(DO, at, rows_in, real, d, D)
         s = tl.dot(k, tl.trans(q), input_precision=IP)                         # (BN, BM)
         dp = tl.dot(v, tl.trans(do), input_precision=IP)
         p = tl.exp2(s * scale - lse[None, :])
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=IP)
         dk = tl.dot((p * (dp - delta[None, :])).to(q.dtype), q, dk, input_precision=IP)
-    row = split.to(tl.int64) * W * (H // G) + keys
-    _store(DK, row, seen, dk * root, d, D)
-    _store(DV, row, seen, dv, d, D)
+    base += split.to(tl.int64) * W * (H // G)
+    _store(DK, base, keys, seen, dk * root, d, D)
+    _store(DV, base, keys, seen, dv, d, D)
 
 # %% ../nbs/kernels/02_compressed.ipynb #e9d27191
 LOG2E = 1.4426950408889634
@@ -295,26 +303,29 @@ def compressed_attention_triton(
     out, lse = _compressed_fwd(*tensors, runs.contiguous(), max_occupied, max_windows)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/kernels/02_compressed.ipynb #815f87e1
+# %% ../nbs/kernels/02_compressed.ipynb #bcd3b21b
 @triton.jit
-def _mean_query(Q, first, r, occupied, h, H: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, D: tl.constexpr):
-    "Mean over the heads and the occupied queries of row r, in float32."
-    q = tl.zeros((BM, D), tl.float32)
-    for i in range(PER * G):
-        at = r * PER + i // G
-        q += _load(Q, (first + at) * H + h * G + i % G, at < occupied, d, D).to(tl.float32)
-    return q / (tl.maximum(tl.minimum(PER, occupied - r * PER), 1) * G).to(tl.float32)[:, None]
+def _member(first, r0, i, h, H: tl.constexpr, G: tl.constexpr, PER: tl.constexpr):
+    "Row of the (S H, d) matrix with query i of row r0; the next rows of a tile lie PER H further each."
+    return (first + r0.to(tl.int64) * PER + i // G) * H + h * G + i % G
 
 @triton.jit
-def _probabilities(Q, LSE, k, seen, first, r, occupied, h, scale, H: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, IP: tl.constexpr,
-                   d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    "Softmax weights of a tile of keys, summed over the heads and queries of row r."
-    votes = tl.zeros((BM, BN), tl.float32)
+def _mean_query(Q, first, r0, occupied, h, H: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, D: tl.constexpr):
+    "Mean over the heads and the occupied queries of the tile of rows at r0, in float32."
+    q, o_m = tl.zeros((BM, D), tl.float32), tl.arange(0, BM)
     for i in range(PER * G):
-        at = r * PER + i // G
-        row, real = (first + at) * H + h * G + i % G, at < occupied
-        s = tl.dot(_load(Q, row, real, d, D), tl.trans(k), input_precision=IP)
-        lse = tl.load(LSE + row, mask=real, other=float("inf"))
+        q += _load(Q, _member(first, r0, i, h, H, G, PER), o_m * (PER * H), (r0 + o_m) * PER + i // G < occupied, d, D).to(tl.float32)
+    return q / (tl.maximum(tl.minimum(PER, occupied - (r0 + o_m) * PER), 1) * G).to(tl.float32)[:, None]
+
+@triton.jit
+def _probabilities(Q, LSE, k, seen, first, r0, occupied, h, scale, H: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, IP: tl.constexpr,
+                   d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    "Softmax weights of a tile of keys, summed over the heads and queries of the rows at r0."
+    votes, o_m = tl.zeros((BM, BN), tl.float32), tl.arange(0, BM)
+    for i in range(PER * G):
+        base, real = _member(first, r0, i, h, H, G, PER), (r0 + o_m) * PER + i // G < occupied
+        s = tl.dot(_load(Q, base, o_m * (PER * H), real, d, D), tl.trans(k), input_precision=IP)
+        lse = tl.load(LSE + base + o_m * (PER * H), mask=real, other=float("inf"))
         votes += tl.where(seen[None, :], tl.exp2(s * scale - lse[:, None]), 0.0)
     return votes
 
@@ -332,57 +343,100 @@ def _keep_best(best, place, votes, o_c):
         low, top = tl.min(best, 1), tl.max(votes, 1)
     return best, place
 
-# %% ../nbs/kernels/02_compressed.ipynb #6b32ce67
+# %% ../nbs/kernels/02_compressed.ipynb #b1306910
 @triton.jit
-def _votes(Q, LSE, K, q, c, first, r, rows, occupied, balls, w0, count, h, scale, H: tl.constexpr, G: tl.constexpr, SUM: tl.constexpr, OWN: tl.constexpr,
+def _votes(Q, LSE, K, q, c, first, r0, occupied, balls, w0, count, h, scale, H: tl.constexpr, G: tl.constexpr, SUM: tl.constexpr, OWN: tl.constexpr,
            PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, IP: tl.constexpr, d: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
-    "Scores (BM, BN) of rows r for balls c and following."
-    o_c = c + tl.arange(0, BN)
+    "Scores (BM, BN) of the rows at r0 for balls c and following."
+    o_n = tl.arange(0, BN)
     votes, used = tl.zeros((BM, BN), tl.float32), tl.zeros((BN,), tl.float32)
     for j in tl.static_range(RATIO):
-        seen = o_c * RATIO + j < count
-        keys = _load(K, (w0 + o_c * RATIO + j) * (H // G) + h, seen, d, D)
-        if SUM: votes += _probabilities(Q, LSE, keys, seen, first, r, occupied, h, scale, H, G, PER, IP, d, BM, BN, D)
+        seen = (c + o_n) * RATIO + j < count
+        keys = _load(K, (w0 + c * RATIO + j) * (H // G) + h, o_n * (RATIO * (H // G)), seen, d, D)
+        if SUM: votes += _probabilities(Q, LSE, keys, seen, first, r0, occupied, h, scale, H, G, PER, IP, d, BM, BN, D)
         else: votes = tl.dot(q, tl.trans(keys), votes, input_precision=IP)
         used += seen.to(tl.float32)
     if RATIO > 1: votes = votes / tl.maximum(used, 1.0)[None, :]
-    votes = tl.where((o_c < balls)[None, :] & (r < rows)[:, None], votes, float("-inf"))
-    if OWN: votes = tl.where(o_c[None, :] == (r * PER // BALL)[:, None], float("-inf"), votes)
+    if c + BN > balls: votes += tl.where(c + o_n < balls, 0.0, float("-inf"))[None, :]
+    if OWN: votes = tl.where((c + o_n)[None, :] == ((r0 + tl.arange(0, BM)) * PER // BALL)[:, None], float("-inf"), votes)
     return votes
 
-# %% ../nbs/kernels/02_compressed.ipynb #46526987
 @triton.jit
-def _bounded_kernel(Q, K, RUNS, LIST, REDO, CHOSEN, S, B, R, k, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, OWN: tl.constexpr, PER: tl.constexpr,
-                    BALL: tl.constexpr, RATIO: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+def _bound(Q, K, q, first, r0, occupied, balls, w0, count, k, h, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, OWN: tl.constexpr, PER: tl.constexpr,
+           BALL: tl.constexpr, RATIO: tl.constexpr, FOLDS: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    "A score that at least k balls reach, or the lowest finite number: the k-th largest of FOLDS BN column maxima."
+    odd, even = tl.full((BM, BN), float("-inf"), tl.float32), tl.full((BM, BN), float("-inf"), tl.float32)
+    for c in range(0, balls, BN * FOLDS):
+        even = tl.maximum(even, _votes(Q, Q, K, q, c, first, r0, occupied, balls, w0, count, h, 1.0, H, G, False, OWN, PER, BALL, RATIO, IP, d, BM, BN, D))
+        if FOLDS == 2:
+            odd = tl.maximum(odd, _votes(Q, Q, K, q, c + BN, first, r0, occupied, balls, w0, count, h, 1.0, H, G, False, OWN, PER, BALL, RATIO,
+                                         IP, d, BM, BN, D))
+    bound = tl.maximum(tl.max(even, 1), tl.max(odd, 1)) if FOLDS == 2 else tl.max(even, 1)
+    for j in range(1, k):
+        even = tl.where(even == bound[:, None], float("-inf"), even)
+        if FOLDS == 2: odd = tl.where(odd == bound[:, None], float("-inf"), odd)
+        bound = tl.maximum(tl.max(even, 1), tl.max(odd, 1)) if FOLDS == 2 else tl.max(even, 1)
+    return tl.maximum(bound, -3.4028234e38)
+
+# %% ../nbs/kernels/02_compressed.ipynb #96d80dc5
+@triton.jit
+def _collect(Q, K, WORDS, q, bound, at, first, r0, occupied, balls, w0, count, h, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, OWN: tl.constexpr,
+             PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
+    "Write the words of each row that are not zero, with the ball of their lowest bit; how many there are."
+    found, bit = tl.zeros((BM,), tl.int32), (1 << (tl.arange(0, BN) % 32)).to(tl.int32)
+    for c in range(0, balls, BN):
+        votes = _votes(Q, Q, K, q, c, first, r0, occupied, balls, w0, count, h, 1.0, H, G, False, OWN, PER, BALL, RATIO, IP, d, BM, BN, D)
+        bits = tl.where(votes >= bound[:, None], bit[None, :], 0)
+        low, high = tl.split(tl.sum(tl.reshape(bits, (BM, BN // 32, 32)), 2))
+        tl.store(WORDS + at + found, (low.to(tl.int64) << 32) | c, mask=(low != 0) & (found < CAP))
+        found += (low != 0).to(tl.int32)
+        tl.store(WORDS + at + found, (high.to(tl.int64) << 32) | (c + 32), mask=(high != 0) & (found < CAP))
+        found += (high != 0).to(tl.int32)
+    return found
+
+@triton.jit
+def _list_scores(K, WORDS, LIST, q, at, words, w0, count, h, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, RATIO: tl.constexpr, CAP: tl.constexpr,
+                 BM: tl.constexpr, D: tl.constexpr):
+    "Score and list the balls of the words, one a row and turn; how many each row has, CAP + 1 for too many."
+    taken, listed, bits, c = tl.zeros((BM,), tl.int32), tl.zeros((BM,), tl.int32), tl.zeros((BM,), tl.int32), tl.zeros((BM,), tl.int32)
+    while tl.max(((listed <= CAP) & ((bits != 0) | (taken < words))).to(tl.int32), 0) > 0:
+        more = (bits == 0) & (taken < words)
+        word = tl.load(WORDS + at + taken, mask=more, other=0)
+        bits, c, taken = tl.where(more, (word >> 32).to(tl.int32), bits), tl.where(more, (word & 2147483647).to(tl.int32), c), taken + more.to(tl.int32)
+        one = bits & -bits
+        ball = c + ((one.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255) - 127
+        score, used = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+        for j in tl.static_range(RATIO):
+            seen = (one != 0) & (ball * RATIO + j < count)
+            score += tl.sum(q * _load(K, (w0 + j) * (H // G) + h, ball.to(tl.int64) * (RATIO * (H // G)), seen, d, D).to(tl.float32), 1)
+            used += seen.to(tl.float32)
+        if RATIO > 1: score = score / tl.maximum(used, 1.0)
+        tl.store(LIST + at + listed, (score.to(tl.int32, bitcast=True).to(tl.int64) << 32) | ball, mask=(one != 0) & (listed < CAP))
+        listed, bits = listed + (one != 0).to(tl.int32), bits ^ one
+    return listed
+
+# %% ../nbs/kernels/02_compressed.ipynb #5880a257
+@triton.jit
+def _bounded_kernel(Q, K, RUNS, WORDS, LIST, REDO, CHOSEN, S, B, R, k, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, OWN: tl.constexpr,
+                    PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, FOLDS: tl.constexpr, CAP: tl.constexpr, IP: tl.constexpr,
+                    BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
     tile, h = tl.program_id(0), tl.program_id(1)
     first, occupied, w0, count, slots = _cloud(RUNS, S, B)
     rows, balls = tl.cdiv(occupied, PER), tl.cdiv(occupied, BALL)
     if tile * BM >= rows: return
-    r, o_c = tile * BM + tl.arange(0, BM), tl.arange(0, BN)
-    q = _mean_query(Q, first, r, occupied, h, H, G, PER, d, BM, D).to(Q.dtype.element_ty)
-    columns = tl.full((BM, BN), float("-inf"), tl.float32)
-    for c in range(0, balls, BN):
-        columns = tl.maximum(columns, _votes(Q, Q, K, q, c, first, r, rows, occupied, balls, w0, count, h, 1.0, H, G, False, OWN, PER, BALL, RATIO,
-                                             IP, d, BM, BN, D))
-    bound = tl.max(columns, 1)
-    for j in range(1, k):
-        columns = tl.where(columns == bound[:, None], float("-inf"), columns)
-        bound = tl.max(columns, 1)
-    listed = tl.zeros((BM,), tl.int32)
-    at = (h.to(tl.int64) * R + first // PER + r) * CAP
-    for c in range(0, balls, BN):
-        votes = _votes(Q, Q, K, q, c, first, r, rows, occupied, balls, w0, count, h, 1.0, H, G, False, OWN, PER, BALL, RATIO, IP, d, BM, BN, D)
-        take = (votes >= bound[:, None]) & (votes > float("-inf"))
-        place = listed[:, None] + tl.cumsum(take.to(tl.int32), 1) - 1
-        entry = (votes.to(tl.int32, bitcast=True).to(tl.int64) << 32) | (c + o_c)[None, :]
-        tl.store(LIST + at[:, None] + place, entry, mask=take & (place < CAP))
-        listed += tl.sum(take.to(tl.int32), 1)
-    most = tl.max(listed, 0)
+    r = tile * BM + tl.arange(0, BM)
+    q = _mean_query(Q, first, tile * BM, occupied, h, H, G, PER, d, BM, D).to(Q.dtype.element_ty)
+    bound = _bound(Q, K, q, first, tile * BM, occupied, balls, w0, count, k, h, H, G, d, OWN, PER, BALL, RATIO, FOLDS, IP, BM, BN, D)
+    bound = tl.where(r < rows, bound, float("inf"))
+    row = h.to(tl.int64) * R + first // PER + r
+    words = _collect(Q, K, WORDS, q, bound, row * CAP, first, tile * BM, occupied, balls, w0, count, h, H, G, d, OWN, PER, BALL, RATIO, CAP, IP, BM, BN, D)
+    tl.debug_barrier()
+    listed = _list_scores(K, WORDS, LIST, q.to(tl.float32), row * CAP, tl.minimum(words, CAP), w0, count, h, H, G, d, RATIO, CAP, BM, D)
+    most = tl.maximum(tl.max(listed, 0), tl.max(words, 0))
     tl.store(REDO + (tl.program_id(2) * tl.num_programs(1) + h) * tl.num_programs(0) + tile, most > CAP)
-    tl.debug_barrier()                                                         # the list is read by other threads than wrote it
-    _write_ranked(LIST, CHOSEN, at, (h.to(tl.int64) * R + first // PER + r) * k, listed, tl.minimum(most, CAP), k, first // BALL, CAP)
+    tl.debug_barrier()
+    _write_ranked(LIST, CHOSEN, row * CAP, row * k, tl.minimum(listed, CAP), tl.minimum(tl.max(listed, 0), CAP), k, first // BALL, CAP)
 
-# %% ../nbs/kernels/02_compressed.ipynb #0c8fcbb1
 @triton.jit
 def _write_ranked(LIST, CHOSEN, at, row, listed, most, k, ball0, CAP: tl.constexpr):
     "Rank the listed entries of each row and write the best k."
@@ -397,7 +451,7 @@ def _write_ranked(LIST, CHOSEN, at, row, listed, most, k, ball0, CAP: tl.constex
     ball = (entry & 2147483647) + ball0
     tl.store(CHOSEN + row[:, None] + rank, ball, mask=(o_l[None, :] < listed[:, None]) & (rank < k))
 
-# %% ../nbs/kernels/02_compressed.ipynb #aa51156e
+# %% ../nbs/kernels/02_compressed.ipynb #01045217
 @triton.jit
 def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr, SUM: tl.constexpr, OWN: tl.constexpr,
                    PER: tl.constexpr, BALL: tl.constexpr, RATIO: tl.constexpr, KP: tl.constexpr, IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -409,11 +463,11 @@ def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.const
     if not SUM:
         if tl.load(REDO + (tl.program_id(2) * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)) == 0: return
     r, o_k = tl.program_id(0) * BM + tl.arange(0, BM), tl.arange(0, KP)
-    q = _mean_query(Q, first, r, occupied, h, H, G, PER, d, BM, D).to(Q.dtype.element_ty)
+    q = _mean_query(Q, first, tl.program_id(0) * BM, occupied, h, H, G, PER, d, BM, D).to(Q.dtype.element_ty)
     best = tl.zeros((BM, KP), tl.float32) + tl.where(o_k < k, float("-inf"), float("inf"))[None, :]
     place = tl.zeros((BM, KP), tl.int32) - 1 - o_k[None, :]
     for c in range(0, balls, BN):
-        votes = _votes(Q, LSE, K, q, c, first, r, rows, occupied, balls, w0, count, h, scale, H, G, SUM, OWN, PER, BALL, RATIO, IP, d, BM, BN, D)
+        votes = _votes(Q, LSE, K, q, c, first, tl.program_id(0) * BM, occupied, balls, w0, count, h, scale, H, G, SUM, OWN, PER, BALL, RATIO, IP, d, BM, BN, D)
         best, place = _keep_best(best, place, votes, c + tl.arange(0, BN))
     best = tl.where((o_k < k)[None, :], best, float("-inf"))
     row = (h.to(tl.int64) * R + first // PER + r) * k
@@ -424,7 +478,7 @@ def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.const
         tl.store(CHOSEN + row + j, ball, mask=r < rows)
         best = tl.where(place == column[:, None], float("-inf"), best)
 
-# %% ../nbs/kernels/02_compressed.ipynb #fac7d030
+# %% ../nbs/kernels/02_compressed.ipynb #f7d999d1
 @torch.library.custom_op("erwin_nsa::compressed_select", mutates_args=())
 def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Tensor], runs:Tensor, k:int, ball_size:int, ratio:int,
                        by_sum:bool, by_ball:bool, exclude_own:bool, max_occupied:int) -> Tensor:
@@ -434,13 +488,13 @@ def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Te
     if by_sum and lse is None: lse = _forward(q, kc, None, None if mk is None else (mk, mk), runs, max_occupied, values=False)[1]
     how = _setting("select", q)
     if by_ball: how["BM"] = 16                                                 # few rows: rather more programs
-    how["BN"] = max(how["BN"], next_power(2 * k) if not by_sum else 64)        # twice k columns make a tight bound
+    how["BN"] = 64
     grid = (max(1, triton.cdiv(triton.cdiv(max_occupied, per), how["BM"])), H_kv, B)
     redo, cap = torch.empty(grid[0] * H_kv * B, dtype=torch.int32, device=q.device), max(64, next_power(2 * k))
     shape = dict(H=H, G=H // H_kv, OWN=exclude_own, PER=per, BALL=ball_size, RATIO=ratio, **how)
     if not by_sum:
-        entries = torch.empty(H_kv * (S // per) * cap, dtype=torch.int64, device=q.device)
-        _bounded_kernel[grid](q, kc, runs, entries, redo, chosen, S, B, S // per, k, CAP=cap, **shape)
+        words, entries = torch.empty(2, H_kv * (S // per) * cap, dtype=torch.int64, device=q.device)
+        _bounded_kernel[grid](q, kc, runs, words, entries, redo, chosen, S, B, S // per, k, CAP=cap, FOLDS=2 if k > 32 else 1, **shape)
     _select_kernel[grid](q, kc, q if lse is None else lse, runs, redo, chosen, S, B, S // per, k, d ** -0.5 * LOG2E, SUM=by_sum,
                          KP=next_power(k, 4), **shape)
     return chosen
