@@ -18,14 +18,14 @@ import triton.language as tl
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1" # kernels run in Python, on CPU tensors
 
-# %% ../nbs/kernels/00_env.ipynb #cca24abc
+# %% ../nbs/kernels/00_env.ipynb #73cf249b
 def why_not(
     tensor:torch.Tensor, # any operand
 ) -> str | None: # None when kernels can run on it, else the reason
     "Why a Triton kernel cannot run on this tensor."
     if INTERPRET: return "the interpreter computes bfloat16 wrongly" if tensor.dtype == torch.bfloat16 else None
     if not tensor.is_cuda: return f"needs a CUDA tensor, got one on {tensor.device}"
-    if torch.cuda.get_device_capability(tensor.device) < (8, 0): return "needs compute capability 8.0 or newer"
+    if torch.cuda.get_device_properties(tensor.device).major < 8: return "needs compute capability 8.0 or newer"
 
 def next_power(
     n:int, # a width

@@ -205,8 +205,8 @@ def test_float64_copy_of_float32_points_gives_the_same_main_balls(case):
     assert torch.equal(ball_sets(a, pos, min(ball_sizes), 0), ball_sets(b, pos, min(ball_sizes), 0))
 
 
-def test_long_batches_take_the_path_of_wide_keys():
-    """Above 2^20 points in 3-D the packed sort key no longer fits in 62 bits; the balls stay those of each cloud alone."""
+def test_many_clouds_take_the_path_of_wide_cloud_numbers():
+    """Above 256 clouds their numbers no longer fit in a byte; the sorted lists do not depend on the width of the numbers."""
     from erwin_nsa.geometry.balltree import _sorted_lists
     g = torch.Generator().manual_seed(0)
     coords = torch.randint(0, 5, (2, 3, 500), generator=g).double()

@@ -21,7 +21,7 @@ def problem(heads, b, overlap, sizes, dtype=torch.float32):
     """q, kc, vc, memory key and value, NaN where no point or window is; windows, runs, host maxima."""
     H, H_kv, d = heads
     windows = ball_windows(slot_layout(sizes, (b,)), b, b // overlap)
-    g, S, W = torch.Generator().manual_seed(0), len(windows.slots), len(windows)
+    g, S, W = torch.Generator().manual_seed(0), windows.num_slots, len(windows)
     draw = lambda *shape: torch.randn(*shape, generator=g).to(DEVICE, dtype)
     tensors = [draw(S, H, d), draw(W, H_kv, d), draw(W, H_kv, d), draw(H_kv, d), draw(H_kv, d)]
     runs = torch.tensor(windows.runs, device=DEVICE)

@@ -74,25 +74,62 @@ def test_heads_split_among_programs(monkeypatch):
         assert_close(run(local_attention_triton, tensors, mask, 16, with_pos=False), [*exact[:4], exact[5]], 3e-6)
 
 
-@pytest.mark.parametrize("m", [16, 96, 200])
-def test_same_bits_twice_and_whole_or_in_tiles(m, monkeypatch):
-    """Twice the same bits; and the tiled kernels agree with those that hold a whole ball."""
+def tiles(m, queries, keys, heads=1, fast=False, small=False):
+    """A plan of one shape for the two kernels with query rows, and its mirror image for the kernel with key rows."""
+    row = local.Tile(queries, keys, heads, 4, None, 1, fast)
+    return local.Plan(m, False, small, row, row, local.Tile(keys, queries, heads, 4, None, 1, fast))
+
+
+@pytest.mark.parametrize("m", [16, 96, 130])
+def test_same_bits_twice_and_in_other_tiles(m, monkeypatch):
+    """Twice the same bits; and other tiles agree, also where small balls have a kernel of their own."""
     tensors, mask = inputs((m, 2, 1, 16, 3, (m - 5,)))
     a, b = (run(local_attention_triton, tensors, mask, m) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(a, b))
-    B = 16 if m < 200 else 64
-    small = local.Plan(m, False, *((*t, 4, None, False) for t in ((B, 2 * B), (2 * B, B), (B, 2 * B))))
-    monkeypatch.setattr(local, "plan", lambda *_: small)
-    assert_close(run(local_attention_triton, tensors, mask, m), [t.double() for t in a], 3e-6)
+    B = 16 if m < 100 else 64
+    monkeypatch.setattr(local, "plan", lambda *_: tiles(m, B, 2 * B))
+    assert_close(run(local_attention_triton, tensors, mask, m, with_pos=False), [t.double() for t in (*a[:4], a[5])], 3e-6)
 
 
-@pytest.mark.parametrize("tiles", [((64, 64), (64, 64), (64, 64)), ((16, 32), (32, 16), (16, 32))], ids=["whole", "tiles"])
-def test_distances_by_a_product(tiles, monkeypatch, nan_empty):
+@pytest.mark.parametrize("H, H_kv, most", [(4, 4, 3), (6, 2, 2), (4, 1, 4)])
+@pytest.mark.parametrize("n", [64, 60])
+def test_heads_that_share_distances(H, H_kv, most, n, monkeypatch, nan_empty):
+    """Every number of heads a program, with keys of their own or shared, in full balls and in others."""
+    tensors, mask = inputs((32, H, H_kv, 8, 3, (n,)))
+    exact = run(local_reference, tensors, mask, 32, double=True)
+    monkeypatch.setattr(local, "plan", lambda *_: tiles(32, 16, 16, most))
+    assert_close(run(local_attention_triton, tensors, mask, 32, with_pos=False), [*exact[:4], exact[5]], 3e-6)
+
+
+def test_full_balls_read_no_mask(monkeypatch, nan_empty):
+    """The two forms of a loop agree: a batch of full balls, and the same through the form that asks."""
+    tensors, mask = inputs((32, 2, 1, 8, 3, (64,)))
+    assert mask.all()
+    monkeypatch.setattr(local, "plan", lambda *_: tiles(32, 16, 16, 2))
+    a = run(local_attention_triton, tensors, mask, 32, with_pos=False)
+    even = local._tile
+    monkeypatch.setattr(local, "_tile", lambda *args: {**even(*args), "EVEN": False})
+    for x, y in zip(a, run(local_attention_triton, tensors, mask, 32, with_pos=False)): torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("small", [False, True])
+def test_masked_keys_far_above_the_live_ones(small, monkeypatch):
+    """A row whose live logits are all near -300: a masked key, at logit 0, must not overflow into it."""
+    tensors, mask = inputs((16, 1, 1, 8, 2, (5,)))
+    tensors[0], tensors[1] = torch.full_like(tensors[0], 12.), torch.full_like(tensors[1], -9.) + 0.1 * tensors[1]
+    exact = run(local_reference, tensors, mask, 16, double=True)
+    monkeypatch.setattr(local, "plan", lambda *_: tiles(16, 16, 16, small=small))
+    assert_close(run(local_attention_triton, tensors, mask, 16, with_pos=False), [*exact[:4], exact[5]], 1e-4)
+
+
+@pytest.mark.parametrize("queries, keys", [(64, 64), (16, 32)], ids=["whole", "tiles"])
+def test_distances_by_a_product(queries, keys, monkeypatch, nan_empty):
     """What 16-bit heads use on a GPU: every kernel with distances from embedded positions, far from the origin."""
     tensors, mask = inputs((48, 2, 1, 16, 3, (90, 3)))
     exact = run(local_reference, tensors, mask, 48, double=True)
     tensors[3] = (tensors[3] + 100).masked_fill(~mask[:, None], float("nan"))
-    monkeypatch.setattr(local, "plan", lambda *_: local.Plan(48, False, *((*t, 4, None, True) for t in tiles)))
+    monkeypatch.setattr(local, "plan", lambda *_: tiles(48, queries, keys, 2, fast=True))
     assert_close(run(local_attention_triton, tensors, mask, 48, with_pos=False), [*exact[:4], exact[5]], 1e-4)
 
 
@@ -140,14 +177,15 @@ def test_registration():
 @pytest.mark.parametrize("d", [4, 5, 16, 20, 48, 64, 100, 128])
 @pytest.mark.parametrize("m", [4, 7, 16, 33, 64, 96, 128, 200, 256, 300, 512, 1000, 1024])
 def test_plans_fit(m, d):
-    """Whole balls a tile; tiles of 16 bits in shared memory, accumulators in registers."""
+    """Whole balls a tile; tiles in shared memory, logits of a head in registers; a small ball in one tile."""
     wide = max(16, 1 << (d - 1).bit_length())
     for bits, exact in ((16, False), (32, False), (32, True)):
         p = plan(m, d, bits, exact, True)
-        assert p.rows % m == 0 and p.pack == (p.rows > m)
-        for BM, BN, warps, registers, fast in (p.fwd, p.bwd, p.dq):
-            assert BM * BN <= 128 * warps * (128 if bits == 16 else 32) and not (fast and bits == 32)
-            assert (2 * BM + 2 * BN) * wide * bits // 8 <= 220_000, (p, d, bits)
+        assert p.rows % m == 0 and p.pack == (p.rows > m) and (not p.small or p.rows <= p.bwd.keys)
+        for t in (p.fwd, p.bwd, p.dq):
+            assert t.queries * t.keys <= 128 * t.warps * 8 and not (t.fast and (bits == 32 or p.small))
+            own, other = (t.keys, t.queries) if t is p.bwd else (t.queries, t.keys)
+            assert 2 * t.heads * (own + other * t.stages) * wide * bits // 8 + (own + other * t.stages) * 64 * t.fast <= 220_000, (p, d, bits)
 
 
 @pytest.mark.parametrize("change, message", [(dict(ball_size=3), "ball_size is 3 for 32 slots"), (dict(sigma=torch.zeros(3)), "needed: .32, D."), (dict(k=torch.zeros(32, 2, 5)), "H a multiple of H_kv"),

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.skipif(not INTERPRET, reason="the interpreter is off: 
               pytest.mark.usefixtures("nan_empty")]
 #        sizes         b  k  H  H_kv d
 CASES = [((1,),        4, 2, 2, 1, 5), ((31,), 8, 3, 4, 2, 4), ((33,), 20, 2, 2, 2, 20), ((13, 1, 6), 4, 4, 3, 3, 48), ((19, 3), 8, 3, 16, 1, 16),
-         ((24,),       5, 3, 6, 2, 7), ((9, 5), 1, 4, 2, 1, 4), ((50,), 36, 2, 2, 1, 16)]
+         ((24,),       5, 3, 6, 2, 7), ((9, 5), 1, 4, 2, 1, 4), ((50,), 36, 2, 2, 1, 16), ((130,), 64, 2, 2, 1, 4), ((49,), 20, 3, 26, 2, 4)]
 cases = pytest.mark.parametrize("case", CASES, ids=lambda c: f"n{'_'.join(map(str, c[0]))}-b{c[1]}k{c[2]}H{c[3]}kv{c[4]}d{c[5]}")
 per_row = pytest.mark.parametrize("per", ["point", "ball"])
 PARTS = ("output", "dq", "dk", "dv")
@@ -75,8 +75,9 @@ def test_masked_slots_may_hold_anything(per):
 
 @pytest.mark.parametrize("P", [1, 2, 3])
 def test_walking_together_changes_nothing(P, monkeypatch):
-    tensors, pull, rest = make(CASES[5], "point")
-    monkeypatch.setattr(selected, "TILES", dict(forward=dict(P=P), query=dict(P=P)))
+    """Tiles of two balls, so that the odd one out is masked."""
+    tensors, pull, rest = make(CASES[4], "point")
+    monkeypatch.setattr(selected, "TILES", dict(walk=dict(P=P), forward=dict(BN=16), query=dict(BN=16)))
     assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float32), run(selected_attention, tensors, pull, rest, torch.float64), 2e-6)
 
 
@@ -87,29 +88,61 @@ def test_short_pieces_add_up(monkeypatch):
     assert_same(run(selected_attention_triton, tensors, pull, rest, torch.float32), run(selected_attention, tensors, pull, rest, torch.float64), 2e-6)
 
 
+def test_pairs_and_lists_agree(monkeypatch):
+    """Balls with 256 rows and more, the last of them partial: partial gradients by pairs; with no memory allowed for those, by lists."""
+    tensors, pull, rest = make(((70,), 32, 3, 8, 1, 4), "ball")
+    calls = []
+    kernel = selected._pair_kernel
+    monkeypatch.setattr(selected, "_pair_kernel", type("Spy", (), {"__getitem__": lambda _, grid: calls.append(grid) or kernel[grid]})())
+    exact, pairs = run(selected_attention, tensors, pull, rest, torch.float64), run(selected_attention_triton, tensors, pull, rest, torch.float32)
+    monkeypatch.setattr(selected, "PAIR_BYTES", 0)
+    lists = run(selected_attention_triton, tensors, pull, rest, torch.float32)
+    assert len(calls) == 1
+    for mine in (pairs, lists): assert_same(mine, exact, 2e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_inverse_lists_hold_every_pick_once(chunk):
-    picks = torch.randint(-1, 6, (2, 9, 4), generator=torch.Generator().manual_seed(0))
-    order, offset, start, owner = (t.tolist() for t in invert_selection(picks, 6, chunk))
+@pytest.mark.parametrize("some", [False, True], ids=["all", "live"])
+def test_inverse_lists_hold_every_pick_once(chunk, some, nan_empty):
+    """Lists ascend; every ball has pieces for its picks; rows without a point are left out."""
+    g = torch.Generator().manual_seed(0)
+    picks, live = torch.randint(-1, 7, (2, 90, 4), generator=g), (torch.rand(90, generator=g) > 0.3 * some).to(torch.uint8)
+    order, offset, start, owner = (t.tolist() for t in invert_selection(picks, 6, chunk, live if some else None))
     for kv in range(2):
         for ball in range(6):
             at = kv * 6 + ball
-            assert order[offset[at]:offset[at + 1]] == [kv * 36 + i for i in (picks[kv].flatten() == ball).nonzero().flatten().tolist()]
-            assert start[at + 1] - start[at] == -(-(offset[at + 1] - offset[at]) // chunk) == owner.count(at)
+            assert order[offset[at]:offset[at + 1]] == [kv * 360 + i for i in (picks[kv].flatten() == ball).nonzero().flatten().tolist() if live[i // 4]]
+            assert start[at + 1] - start[at] >= -(-(offset[at + 1] - offset[at]) // chunk) and owner[start[at]:start[at + 1]] == [at] * (start[at + 1] - start[at])
+    assert start[-1] <= len(owner)
+    rows = invert_selection(picks, 6, chunk, live if some else None, 4)[0].tolist()
+    assert rows[:offset[-1]] == [i // 4 for i in order[:offset[-1]]]
+
+
+def test_inverse_lists_of_many_stretches():
+    """More balls than a block and more picks than a stretch; the same as a stable sort."""
+    picks = torch.randint(0, 70, (1, 500, 3), generator=torch.Generator().manual_seed(0))
+    order, offset, *_ = invert_selection(picks, 70, 8)
+    assert torch.equal(order[:1500].long(), picks.flatten().argsort(stable=True)) and offset.diff().tolist() == picks.flatten().bincount(minlength=70).tolist()
 
 
 def test_union_holds_every_pick_of_every_row():
-    """Entries decode to (row, ball) pairs: the same multiset as the picks, no entry twice for one row; balls with an empty slot are marked."""
+    """Entries and times decode to (row, ball) pairs: the same multiset as the picks, no entry twice; balls with an empty slot stand last."""
     picks = torch.randint(-1, 9, (2, 10, 4), generator=torch.Generator().manual_seed(0))
-    mask = torch.arange(18) != 7
-    balls, words, count = walk_lists(picks, mask, 2, together=4)
+    full = (torch.arange(9) != 3).int()
+    entries, times, count = walk_lists(picks, full, together=4)
     for kv in range(2):
         for g in range(3):
-            n = count[kv, g]
-            entries = list(zip(balls[kv, g, :n].tolist(), words[kv, g, :n].tolist()))
-            pairs = sorted((p, e >> 1) for e, w in entries for p in range(4) if w >> p & 1)
+            whole, n = count[kv, g].tolist()
+            balls = entries[kv, g, :n].tolist()
+            assert len(set(balls)) == n and [b == 3 for b in balls] == [i >= whole for i in range(n)]
+            pairs = sorted((p, b) for b, row in zip(balls, times[kv, g, :n].exp2().tolist()) for p, t in enumerate(row) for _ in range(round(t)))
             assert pairs == sorted((p, i) for p, row in enumerate(picks[kv, 4 * g:4 * g + 4].tolist()) for i in row if i >= 0)
-            assert all(w > 0 and (e & 1) == (e >> 1 == 3) for e, w in entries)
+
+
+def test_lists_have_no_gaps():
+    """A list alone: full balls in the order of the picks, then the others, then -1; a ball that does not exist is none."""
+    entries, _, count = walk_lists(torch.tensor([[[1, -1, 4, 2], [9, 0, 0, 3]]]), torch.tensor([1, 0, 1, 0, 1], dtype=torch.int32))
+    assert entries.tolist() == [[[4, 2, 1, -1], [0, 0, 3, -1]]] and count.tolist() == [[[2, 3], [2, 3]]]
 
 
 @per_row

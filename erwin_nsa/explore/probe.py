@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..geometry.balltree import BallTree
 from ..nn.nsa import NSAttention
 
-# %% ../../nbs/explore/04_probe.ipynb #b573b51d
+# %% ../../nbs/explore/04_probe.ipynb #402f932b
 @dataclass(frozen=True, eq=False)
 class QueryRows:
     "What one query point reads in one block."
@@ -40,7 +40,7 @@ def _local_row(record, sigma, slot, m):
 
 def _compressed_row(record, slot):
     windows = record["windows"]
-    cloud = int(windows.slots.cloud[slot])
+    cloud = int(record["frame"].slots.cloud[slot])
     _, _, first, count = windows.runs[cloud]
     keys = record["kc"][first:first + count]
     if record["memory"] is not None: keys = torch.cat([keys, record["memory"][0][None]])

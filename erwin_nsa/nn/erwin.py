@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ErwinConfig', 'as_published_erwin', 'coarse_slots', 'children', 'pooled_positions', 'ErwinTrees', 'build_trees',
-           'level_frames', 'BallAttention', 'ErwinBlock', 'Pool', 'Unpool', 'Erwin', 'backbone', 'backbone_tree']
+           'level_frames', 'BallAttention', 'ErwinBlock', 'SlotBatchNorm', 'Pool', 'Unpool', 'Erwin', 'ErwinGeometry',
+           'backbone', 'backbone_tree']
 
-# %% ../../nbs/nn/10_erwin.ipynb #028fdb2d
+# %% ../../nbs/nn/10_erwin.ipynb #575b274e
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -21,7 +22,7 @@ from ..geometry.neighbours import radius_graph
 from ..geometry.points import PointBatch
 from .config import ErwinNSAConfig
 from .local import hide, local_attention
-from .model import ErwinNSA, _checked_points, _init_linear
+from .model import ErwinNSA, Geometry, _checked_points, _init_linear
 from .mpnn import MPNN
 from .nsa import Block, Frame, SwiGLU, make_frames
 
@@ -88,7 +89,7 @@ def _shape_problems(c:ErwinConfig):
         if levels and len(getattr(c, name)) != needed:
             yield f"{name} has {len(getattr(c, name))} entries; needed: {needed} for the {levels} levels of enc_depths."
 
-# %% ../../nbs/nn/10_erwin.ipynb #65bbff1f
+# %% ../../nbs/nn/10_erwin.ipynb #4851c721
 def _problems(c:ErwinConfig):
     "One sentence for each thing that does not fit."
     shapes = list(_shape_problems(c))
@@ -100,7 +101,8 @@ def _problems(c:ErwinConfig):
         if c.widths[0] != c.c_hidden: yield f"level_widths starts with {c.widths[0]} and c_hidden is {c.c_hidden}; needed: the same."
         for level, q in enumerate(c.strides):
             if q == 1 and c.widths[level] != c.widths[level + 1]:
-                yield f"strides[{level}] is 1 between widths {c.widths[level]} and {c.widths[level + 1]}; needed: equal widths, a stride of 1 changes nothing."
+                yield (f"strides[{level}] is 1 between widths {c.widths[level]} and {c.widths[level + 1]}; "
+                       "needed: equal widths, a stride of 1 changes nothing.")
         chain = c.tree_ball_sizes
         if any(a % b for a, b in zip(chain, chain[1:])):
             yield (f"ball_sizes {c.ball_sizes} with strides {c.strides} need balls of {chain} slots, which do not nest; "
@@ -113,13 +115,14 @@ def _problems(c:ErwinConfig):
     for name, allowed in choices.items():
         if getattr(c, name) not in allowed: yield f"{name} is {getattr(c, name)!r}; needed: one of {', '.join(allowed)}."
 
-# %% ../../nbs/nn/10_erwin.ipynb #e3c1127b
+# %% ../../nbs/nn/10_erwin.ipynb #268c51f3
 _SMALL = dict(
     cosmology=dict(c_in=32, c_hidden=32, enc_depths=(2, 2, 6, 2), enc_num_heads=(2, 4, 8, 16), dec_depths=(2, 2, 2), dec_num_heads=(2, 4, 8),
                    strides=(2, 2, 2), ball_sizes=(256, 256, 256, 256)),
     molecular_dynamics=dict(c_in=16, c_hidden=16, enc_depths=(2, 2, 2, 6, 2), enc_num_heads=(2, 4, 8, 16, 32), dec_depths=(2, 2, 2, 2),
                             dec_num_heads=(4, 4, 8, 16), strides=(2, 2, 2, 2), ball_sizes=(128, 128, 128, 64, 32)),
-    shapenet_car=dict(c_in=64, c_hidden=64, enc_depths=(6, 6), enc_num_heads=(8, 8), dec_depths=(6,), dec_num_heads=(8,), strides=(1,), ball_sizes=(256, 256)),
+    shapenet_car=dict(c_in=64, c_hidden=64, enc_depths=(6, 6), enc_num_heads=(8, 8), dec_depths=(6,), dec_num_heads=(8,),
+                      strides=(1,), ball_sizes=(256, 256)),
 )
 
 def _preset(name:str):
@@ -161,7 +164,7 @@ def pooled_positions(
     "Where the nodes of the next level are."
     return children(pos, mask, stride).sum(1) / mask.view(-1, stride).sum(1, keepdim=True).clamp(min=1)
 
-# %% ../../nbs/nn/10_erwin.ipynb #8544cab1
+# %% ../../nbs/nn/10_erwin.ipynb #137bf421
 @dataclass(frozen=True, eq=False)
 class ErwinTrees:
     "The ball trees of all levels, from the points (level 0) up; the nodes of a level are the items of its tree."
@@ -201,7 +204,7 @@ def build_trees(
 ) -> ErwinTrees:
     "Main and rotated views of every level."
     tree, levels = BallTree.build(points, config.tree_ball_sizes, 0.0, config.layout), []
-    pos = tree.to_slots(points.pos)
+    pos = tree.to_slots(points.pos.detach())
     for level, m in enumerate(config.ball_sizes):
         if level:
             q = config.strides[level - 1]
@@ -221,7 +224,7 @@ def level_frames(
         frames.append(make_frames(tree, nodes, m))
     return tuple(frames)
 
-# %% ../../nbs/nn/10_erwin.ipynb #2220f0b1
+# %% ../../nbs/nn/10_erwin.ipynb #c7589449
 class BallAttention(nn.Module):
     "Attention inside balls, with relative positions and a distance bias (Erwin equations 8 to 10)."
     def __init__(self, c:int, num_heads:int, ball_size:int, config:ErwinConfig):
@@ -236,7 +239,7 @@ class BallAttention(nn.Module):
         frame:Frame,
         record:dict | None=None, # receives queries, keys, values and the output of the heads
     ) -> Tensor: # (S, c)
-        x, mask = hide(x, frame.slots.mask), frame.slots.mask
+        x, mask = hide(x, frame.mask), frame.mask
         qkv = self.qkv(x + self.position(frame.relative.to(x.dtype)))
         q, k, v = qkv.view(len(x), 3, self.num_heads, -1).unbind(1)
         local = local_attention(q, k, v, frame.pos, self.sigma, mask, self.ball_size, self.impl)
@@ -245,53 +248,62 @@ class BallAttention(nn.Module):
 
     def extra_repr(self) -> str: return f"num_heads={self.num_heads}, ball_size={self.ball_size}"
 
-# %% ../../nbs/nn/10_erwin.ipynb #c3d50658
-_NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm, batch=nn.BatchNorm1d)
-
+# %% ../../nbs/nn/10_erwin.ipynb #51c08a2b
 class ErwinBlock(Block):
     "x + BallAttention(norm(x)), then x + SwiGLU(norm(x))."
     def __init__(self, c:int, num_heads:int, ball_size:int, config:ErwinConfig):
         nn.Module.__init__(self)
         self.recompute = config.recompute
-        self.norm1, self.norm2 = _NORMS[config.norm](c), _NORMS[config.norm](c)
+        self.norm1, self.norm2 = (nn.RMSNorm(c) if config.norm == "rms" else nn.LayerNorm(c) for _ in "12")
         self.attention, self.mlp = BallAttention(c, num_heads, ball_size, config), SwiGLU(c, config.mlp_ratio)
 
-# %% ../../nbs/nn/10_erwin.ipynb #36fd5489
-def _normalise(norm:nn.Module, x:Tensor, slots:Slots) -> Tensor: # (S, c) -> (S, c)
-    "A norm over the channels of each slot, or a batch norm over the real slots."
-    rows = slots.taken
-    if not isinstance(norm, nn.BatchNorm1d) or (len(rows) == len(x) > 1): return norm(x)
-    if norm.training and len(rows) == 1:
-        raise ValueError("pool_norm='batch' while training on a batch that leaves one node at a level; needed: two or more, or pool_norm='layer'.")
-    y = norm(x[rows])
-    return y.new_zeros(x.shape).index_copy(0, rows, y)
+# %% ../../nbs/nn/10_erwin.ipynb #851385df
+class SlotBatchNorm(nn.BatchNorm1d):
+    "Batch norm over the real slots; masked ones are counted nowhere."
+    def forward(self, x:Tensor, mask:Tensor) -> Tensor: # (S, c), (S,) bool -> (S, c)
+        if not self.training: return super().forward(x)
+        x, n = hide(x, mask), mask.sum()
+        mean = x.sum(0) / n
+        apart = hide(x - mean, mask)
+        var = apart.square().sum(0) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+            self.running_var.lerp_((var * n / (n - 1).clamp(min=1)).to(self.running_var), self.momentum)
+        return apart * (var + self.eps).rsqrt() * self.weight + self.bias
 
+_POOL_NORMS = dict(rms=nn.RMSNorm, layer=nn.LayerNorm, batch=SlotBatchNorm)
+
+def _normalise(norm:nn.Module, x:Tensor, mask:Tensor) -> Tensor: # (S, c) -> (S, c)
+    return norm(x, mask) if isinstance(norm, SlotBatchNorm) else norm(x)
+
+# %% ../../nbs/nn/10_erwin.ipynb #8e5a8bca
 class Pool(nn.Module):
     "[features of the children; their offsets] -> features of the parent (Erwin equation 12)."
     def __init__(self, c:int, c_next:int, stride:int, config:ErwinConfig): # stride above 1
         super().__init__()
         self.stride, self.project = stride, nn.Linear(stride * (c + config.dimensionality), c_next)
-        self.norm = _NORMS[config.pool_norm](c_next)
+        self.norm = _POOL_NORMS[config.pool_norm](c_next)
 
     def forward(self, x:Tensor, fine:Frame, coarse:Frame) -> Tensor: # (S_l, c_l) and the main frames of both levels -> (S_{l+1}, c_{l+1})
-        rows = children(x, fine.slots.mask, self.stride).flatten(1)
-        return _normalise(self.norm, self.project(torch.cat([rows, _offsets(fine, coarse, self.stride).to(x.dtype)], 1)), coarse.slots)
+        rows = children(x, fine.mask, self.stride).flatten(1)
+        return _normalise(self.norm, self.project(torch.cat([rows, _offsets(fine, coarse, self.stride).to(x.dtype)], 1)), coarse.mask)
 
 class Unpool(nn.Module):
     "Features of a child, changed by those of its parent and the offsets of its siblings (Erwin equation 13)."
     def __init__(self, c_next:int, c:int, stride:int, config:ErwinConfig):
         super().__init__()
         self.stride, self.project = stride, nn.Linear(c_next + stride * config.dimensionality, stride * c)
-        self.norm = _NORMS[config.pool_norm](c)
+        self.norm = _POOL_NORMS[config.pool_norm](c)
 
     def forward(self, parents:Tensor, skip:Tensor, fine:Frame, coarse:Frame) -> Tensor: # (S_{l+1}, c_{l+1}), (S_l, c_l) -> (S_l, c_l)
         offsets = _offsets(fine, coarse, self.stride).to(parents.dtype)
-        change = self.project(torch.cat([hide(parents, coarse.slots.mask), offsets], 1)).view(len(skip), -1)
-        return _normalise(self.norm, skip + change, fine.slots)
+        change = self.project(torch.cat([hide(parents, coarse.mask), offsets], 1)).view(len(skip), -1)
+        return _normalise(self.norm, hide(skip + change, fine.mask), fine.mask)
 
 def _offsets(fine:Frame, coarse:Frame, stride:int) -> Tensor: # (S_{l+1}, q D) positions of children minus that of their parent, 0 where absent
     apart = fine.pos - coarse.pos.repeat_interleave(stride, dim=0)
-    return children(apart, fine.slots.mask, stride).flatten(1)
+    return children(apart, fine.mask, stride).flatten(1)
 
 # %% ../../nbs/nn/10_erwin.ipynb #7ff69802
 class Erwin(nn.Module):
@@ -320,7 +332,7 @@ class Erwin(nn.Module):
         "The trees this model needs; build them once for a fixed geometry and pass them to every call."
         return build_trees(points, self.config)
 
-# %% ../../nbs/nn/10_erwin.ipynb #4eb224e8
+# %% ../../nbs/nn/10_erwin.ipynb #42fb3bc6
 def _forward(self,
     x:Tensor,   # (N, c_in) features
     pos:Tensor, # (N, D) positions [length unit of the data]
@@ -334,20 +346,41 @@ def _forward(self,
     points = _checked(x, pos, batch, tree, self.config, self.embed.weight.dtype)
     tree = tree or self.build_tree(points)
     edge_index = _graph(points, edge_index, radius, self.config.mp_steps)
+    return self.run(x, self.geometry(points, tree, edge_index), records)
+
+Erwin.forward = _forward
+
+# %% ../../nbs/nn/10_erwin.ipynb #98dbf3c5
+@dataclass(frozen=True, eq=False)
+class ErwinGeometry(Geometry):
+    "Everything the model reads besides features; `frames` are those of the points, `coarser` those of the levels above."
+    coarser:tuple[tuple[Frame, ...], ...] = ()
+
+    @property
+    def levels(self) -> tuple[tuple[Frame, ...], ...]: return self.frames, *self.coarser
+
+def _geometry(self, points:PointBatch, tree:ErwinTrees, edge_index:Tensor | None) -> ErwinGeometry:
+    "What `run` reads, for points that passed the checks of `forward`."
+    frames, *coarser = level_frames(tree, points.pos)
+    main = tree.points
+    return ErwinGeometry(points.pos, edge_index, frames, main.order, main.inverse, main.layout == "erwin", coarser=tuple(coarser))
+
+def _run(self, x:Tensor, geometry:ErwinGeometry, records:list | None=None) -> Tensor: # (N, c_in) -> (N, c_hidden)
+    "The model without checks."
     h = self.embed(x)
-    if self.config.mp_steps: h = self.mpnn(h, pos, edge_index)
-    h, skips, frames = tree.points.to_slots(h), [], level_frames(tree, pos)
+    if self.config.mp_steps: h = self.mpnn(h, geometry.pos, geometry.edges)
+    h, skips, levels = geometry.to_slots(h), [], geometry.levels
     for level, blocks in enumerate(self.encoder):
         if level:
             skips.append(h)
-            if tree.strides[level - 1] > 1: h = self.pools[level - 1](h, frames[level - 1][0], frames[level][0])
-        h = _run(blocks, h, frames[level], records)
+            if self.config.strides[level - 1] > 1: h = self.pools[level - 1](h, levels[level - 1][0], levels[level][0])
+        h = _run_blocks(blocks, h, levels[level], records)
     for level in reversed(range(len(skips))):
-        h = self.unpools[level](h, skips[level], frames[level][0], frames[level + 1][0])
-        h = _run(self.decoder[level], h, frames[level], records)
-    return tree.points.to_points(h)
+        h = self.unpools[level](h, skips[level], levels[level][0], levels[level + 1][0])
+        h = _run_blocks(self.decoder[level], h, levels[level], records)
+    return geometry.to_points(h)
 
-def _run(blocks:nn.ModuleList, h:Tensor, frames:tuple[Frame, ...], records:list | None) -> Tensor: # (S_l, c_l) -> (S_l, c_l)
+def _run_blocks(blocks:nn.ModuleList, h:Tensor, frames:tuple[Frame, ...], records:list | None) -> Tensor: # (S_l, c_l) -> (S_l, c_l)
     "The blocks of a level, main and rotated view in turn."
     for i, block in enumerate(blocks):
         record = None if records is None else {}
@@ -355,7 +388,7 @@ def _run(blocks:nn.ModuleList, h:Tensor, frames:tuple[Frame, ...], records:list 
         if records is not None: records.append(record)
     return h
 
-Erwin.forward = _forward
+Erwin.geometry, Erwin.run = _geometry, _run
 
 # %% ../../nbs/nn/10_erwin.ipynb #1579b282
 def _checked(x, pos, batch, tree, cfg:ErwinConfig, dtype) -> PointBatch:

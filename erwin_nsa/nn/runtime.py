@@ -25,7 +25,7 @@ def resolve_impl(
     reasons = "; ".join(f"{name}: {reason or 'available'}" for name, reason in available.items())
     raise ValueError(f"impl={impl!r} cannot run here; needed: 'auto' or one of {list(available)}. {reasons}.")
 
-# %% ../../nbs/nn/03_runtime.ipynb #6bfaf99e
+# %% ../../nbs/nn/03_runtime.ipynb #5b085a88
 def implementations(
     q:Tensor, # the queries of an operator, (S, H, d)
     *limits:str | None, # further reasons why its kernels cannot run, None where there is none
@@ -37,7 +37,7 @@ def implementations(
     if q.dtype not in (torch.float32, torch.float16, torch.bfloat16): reason = f"computes in float32 at most, got {q.dtype}"
     elif q.shape[-1] > 128: reason = f"takes heads of width 128 at most, got {q.shape[-1]}"
     reason = next((r for r in (reason, *limits) if r is not None), None)
-    return dict(torch=None, triton=reason)
+    return dict(triton=reason, torch=None) if q.is_cuda else dict(torch=None, triton=reason)
 
 # %% ../../nbs/nn/03_runtime.ipynb #e893d45e
 def attend_weights(q, k, hidden, bias):

@@ -37,7 +37,7 @@ def problem(heads, b, overlap, sizes, dtype=torch.float32):
     """q, kc, vc, memory key and value, NaN where no point or window is; windows, runs, host maxima."""
     H, H_kv, d = heads
     windows = ball_windows(slot_layout(sizes, (b,)), b, b // overlap)
-    g, S, W = torch.Generator("cuda").manual_seed(0), len(windows.slots), len(windows)
+    g, S, W = torch.Generator("cuda").manual_seed(0), windows.num_slots, len(windows)
     draw = lambda *shape: torch.randn(*shape, generator=g, device="cuda").to(dtype)
     tensors = [draw(S, H, d), draw(W, H_kv, d), draw(W, H_kv, d), draw(H_kv, d), draw(H_kv, d)]
     tensors[0][~windows.slots.mask.cuda()] = float("nan")

@@ -62,13 +62,13 @@ def run(op, tensors, pull, rest, dtype):
 
 
 def assert_within_budget(case, per, kind, dtype):
-    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient."""
+    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient, or that of the format: torch does not use TF32 for each product that may."""
     tensors, pull, rest = make(case, per, kind)
     tensors, pull = [t.to(dtype).float() for t in tensors], pull.to(dtype).float()
     exact = run(selected_attention, tensors, pull, rest, torch.float64)
     plain, mine = (run(op, tensors, pull, rest, dtype) for op in (selected_attention, selected_attention_triton))
     rms = lambda t: t.square().mean().sqrt().item()
-    eps = 2 ** -11 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else torch.finfo(dtype).eps
+    eps = 2 ** -7 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else torch.finfo(dtype).eps
     for name, a, p, e in zip(("output", "dq", "dk", "dv"), mine, plain, exact):
         floor = eps / 4 * max(rms(e), 0.1)
         assert rms(a - e) <= 3 * rms(p - e) + floor, f"{name}: {rms(a - e):.2e}, torch {rms(p - e):.2e}, scale {rms(e):.2e}"
@@ -118,9 +118,10 @@ def test_pieces_of_a_long_list_add_up_the_same_way(per):
 def test_tiles_change_rounding_only(per, monkeypatch):
     tensors, pull, rest = make(CASES[5], per)
     exact = run(selected_attention, tensors, pull, rest, torch.float64)
-    for tiles in (dict(P=1, BM=16, BN=32), dict(P=2, BM=32, BN=32, num_warps=4), dict(P=8, BM=128, BN=64, num_warps=8)):
-        if per == "ball": tiles = tiles | dict(P=1)
-        monkeypatch.setattr(selected, "TILES", dict(forward=tiles, query=tiles, key_value=dict(BM=128, FLIP=False)))
+    for P, tiles in ((1, dict(BM=16, BN=32)), (2, dict(BM=32, BN=32, num_warps=4)), (8, dict(BM=128, BN=64, num_warps=8)), (4, dict(BM=64, BN=128))):
+        if per == "ball": P = 1
+        pair = dict(BM=128, BN=64) if P == 2 else dict(BM=32, BN=128, num_warps=8)
+        monkeypatch.setattr(selected, "TILES", dict(walk=dict(P=P), forward=tiles, query=tiles, pair=pair, key_value=dict(BM=64, FLIP=False, num_warps=2)))
         for name, a, e in zip(("output", "dq", "dk", "dv"), run(selected_attention_triton, tensors, pull, rest, torch.float16), exact):
             assert (a - e).abs().max() <= 6e-3 * e.abs().max(), (name, tiles)
 
