@@ -345,7 +345,7 @@ def make_bodies(
     "Several bodies, the same as one at a time."
     with ThreadPoolExecutor(max_workers=workers) as pool: return list(pool.map(lambda s: make_body(s, n_points), seeds))
 
-# %% ../../nbs/data/02_bodies.ipynb #dcfffa9e
+# %% ../../nbs/data/02_bodies.ipynb #b68c37d9
 def write_body_sample(
     path, # HDF5 file to write
     n_points:int=3586, # as in `make_body`
@@ -371,7 +371,7 @@ def find_sample(
     for d in places:
         if (d / name).is_file(): return d / name
     raise FileNotFoundError(f"{name}: looked in {', '.join(map(str, places))} and found none; set ERWIN_NSA_SAMPLES to the folder data/samples of a checkout, "
-                            "or make it with erwin_nsa.data.bodies.write_body_sample")
+                            "or make it with write_body_sample of erwin_nsa.data.bodies (bodies.h5), write_cosmology_sample of density (cosmology.h5) or write_chain_sample of chains (chains.h5)")
 
 def load_bodies(
     split:Optional[str]=None, # 'train', 'test', or None for all

@@ -26,7 +26,7 @@ from ..geometry.balltree import BallTree, slot_layout
 from ..geometry.neighbours import knn_graph, radius_graph
 from ..geometry.points import PointBatch, refuse
 
-# %% ../../nbs/data/05_store.ipynb #a56dfd66
+# %% ../../nbs/data/05_store.ipynb #f38fc142
 def _rows(value, dtype, n, what): # (n, columns) array of that type, contiguous
     "One row a point; a flat array becomes one column. Raises `ValueError` naming what was given and needed."
     try: a = np.ascontiguousarray(value, dtype=dtype)
@@ -46,7 +46,8 @@ def _kinds(value, n, what): # (n,) int32
 def _edges(value, n, what): # (2, E) int64
     "Edges between existing points, or `ValueError`."
     a = np.asarray(value)
-    if a.ndim != 2 or a.shape[0] != 2 or a.dtype.kind not in "iu": raise ValueError(f"{what}: given {a.dtype} of shape {a.shape}, needed integers of shape (2, E)")
+    if a.ndim != 2 or a.shape[0] != 2 or a.dtype.kind not in "iu":
+        raise ValueError(f"{what}: given {a.dtype} of shape {a.shape}, needed integers of shape (2, E)")
     if a.size and (a.min() < 0 or a.max() >= n): raise ValueError(f"{what}: given point numbers {a.min()} to {a.max()}, needed 0 to {n - 1}")
     return np.ascontiguousarray(a, dtype=np.int64)
 
@@ -81,7 +82,7 @@ class CloudSample:
         more = [f"{k} {getattr(self, k).shape}" for k in ("x", "target", "kind", "edge_index") if getattr(self, k) is not None] + list(self.constants)
         return f"CloudSample({self.id!r}, n={len(self)}, D={self.pos.shape[1]}{', ' if more else ''}{', '.join(more)})"
 
-# %% ../../nbs/data/05_store.ipynb #003112fe
+# %% ../../nbs/data/05_store.ipynb #167698da
 FORMAT, FORMAT_VERSION = "erwin_nsa.clouds", 1
 ATTRIBUTES = ("generator", "parameters", "seed", "version", "units", "licence")
 
@@ -108,11 +109,12 @@ def _put_attributes(f, attributes): # f: open file
         raise ValueError(f"attributes: given {sorted(attributes)}, needed also {lost}; write 'not stated' where you do not know")
     coded = sorted(k for k, v in about.items() if not isinstance(v, (str, int, float)))
     about = {k: json.dumps(v, sort_keys=True, default=lambda a: a.tolist()) if k in coded else v for k, v in about.items()}
-    if long := [k for k, v in about.items() if len(str(v)) > 60_000]: raise ValueError(f"attributes: given {long} of more than 60000 characters, needed shorter ones; use constants")
+    if long := [k for k, v in about.items() if len(str(v)) > 60_000]:
+        raise ValueError(f"attributes: given {long} of more than 60000 characters, needed shorter ones; put long lists into constants")
     f.attrs.update(format=FORMAT, format_version=FORMAT_VERSION, json_keys=" ".join(coded))
     for k in sorted(about): f.attrs[k] = about[k]
 
-# %% ../../nbs/data/05_store.ipynb #ddd8eafe
+# %% ../../nbs/data/05_store.ipynb #1bd1b7d7
 def _columns(s): # name of a dataset -> array to append
     "What one cloud adds to the file."
     parts = dict(pos=s.pos, x=s.x, target=s.target, kind=s.kind, edges=None if s.edge_index is None else s.edge_index.T.astype(np.int32))
@@ -121,8 +123,9 @@ def _columns(s): # name of a dataset -> array to append
 def _append(f, key, a, how): # how: keywords of the compression
     "Add rows to a dataset that grows; the first cloud decides the size of a chunk."
     if key not in f:
-        rows = min(len(a) * max(1, 4096 // max(1, len(a))), max(1, 2**20 // max(1, a[:1].nbytes)))
-        f.create_dataset(key, shape=(0, *a.shape[1:]), maxshape=(None, *a.shape[1:]), dtype=a.dtype, chunks=(max(1, rows), *a.shape[1:]), **how)
+        width = a.dtype.itemsize * int(np.prod(a.shape[1:]))
+        rows = max(1, min((len(a) or 1) * max(1, 4096 // (len(a) or 1)), 2**20 // width)) # whole clouds, at most 1 MB
+        f.create_dataset(key, shape=(0, *a.shape[1:]), maxshape=(None, *a.shape[1:]), dtype=a.dtype, chunks=(rows, *a.shape[1:]), **how)
     d = f[key]
     d.resize(len(d) + len(a), axis=0)
     if len(a): d[-len(a):] = a
@@ -165,7 +168,7 @@ def write_clouds(
             f.create_dataset("split", data=names, dtype=h5py.string_dtype())
     return Path(path)
 
-# %% ../../nbs/data/05_store.ipynb #4b8f4969
+# %% ../../nbs/data/05_store.ipynb #9b5ae351
 def _open_clouds(path): # open h5py.File
     "Open a file of this format, or raise `FileNotFoundError` or `ValueError` naming file, key, expected and found."
     path = Path(path)
@@ -182,16 +185,16 @@ def _check_contents(path, f):
     "Every dataset has the type and the number of rows that the offsets promise, or `ValueError`."
     if lost := [k for k in ("pos", "offsets", "ids") if k not in f]: raise ValueError(f"{path}: expected datasets pos, offsets, ids, found none of {lost}")
     off = f["offsets"][()]
-    if off.dtype.kind not in "iu" or off.ndim != 1 or len(off) < 2 or off[0] != 0 or (np.diff(off) < 1).any():
+    if off.dtype.kind != "i" or off.ndim != 1 or len(off) < 2 or off[0] != 0 or (np.diff(off) < 1).any():
         raise ValueError(f"{path}: key 'offsets': expected growing integers from 0, found {off.dtype} {off[:4]}...")
-    B, E = len(off) - 1, f["edge_offsets"][-1] if "edge_offsets" in f else None
-    need = dict(pos=("f", off[-1]), x=("f", off[-1]), target=("f", off[-1]), kind=("i", off[-1]), edges=("i", E), edge_offsets=("i", B + 1), ids=("O", B), split=("O", B))
+    B, N, E = len(off) - 1, off[-1], f["edge_offsets"][-1] if "edge_offsets" in f else None
+    need = dict(pos=("f", N), x=("f", N), target=("f", N), kind=("i", N), edges=("i", E), edge_offsets=("i", B + 1), ids=("O", B), split=("O", B))
     need |= {f"constants/{k}": ("f", B) for k in f.get("constants", ())}
     for key, (kind, rows) in need.items():
         if key in f and (not isinstance(f[key], h5py.Dataset) or f[key].dtype.kind != kind or f[key].shape[:1] != (rows,)):
             raise ValueError(f"{path}: key '{key}': expected {rows} rows of type '{kind}', found {f[key]}")
 
-# %% ../../nbs/data/05_store.ipynb #5e152ba7
+# %% ../../nbs/data/05_store.ipynb #ad894c04
 class CloudStore:
     "Clouds of one HDF5 file, read when asked for; raises `FileNotFoundError`, or `ValueError` naming file, key, expected and found."
     def __init__(self,
@@ -205,7 +208,8 @@ class CloudStore:
         self.attrs = {k: json.loads(v) if k in coded else v.item() if isinstance(v, np.generic) else v for k, v in f.attrs.items() if k != "json_keys"}
         self.names = f["split"].asstr()[()] if "split" in f else None # (all clouds,) split of each
         if split is not None and (self.names is None or split not in self.names):
-            raise ValueError(f"{self.path}: key 'split': expected clouds of split {split!r}, found {sorted(set(self.names)) if self.names is not None else 'no splits'}")
+            found = "no splits" if self.names is None else sorted(set(self.names))
+            raise ValueError(f"{self.path}: key 'split': expected clouds of split {split!r}, found {found}")
         self.rows = np.arange(len(f["ids"])) if split is None else np.flatnonzero(self.names == split) # (B,) number of each cloud in the file
         self.ids = f["ids"].asstr()[()][self.rows].tolist()
         self.offsets, self.edge_offsets = f["offsets"][()], f["edge_offsets"][()] if "edges" in f else None
@@ -220,7 +224,9 @@ class CloudStore:
 
     def __len__(self): return len(self.rows)
     def __getstate__(self): return {**self.__dict__, "_file": None, "_pid": None}
-    def __repr__(self): return f"CloudStore({self.path.name}, {len(self)} clouds{f' of split {self.split}' if self.split else ''}, {self.sizes.min()} to {self.sizes.max()} points)"
+    def __repr__(self):
+        which = f" of split {self.split!r}" if self.split else ""
+        return f"CloudStore({self.path.name}, {len(self)} clouds{which}, {self.sizes.min()} to {self.sizes.max()} points)"
 
     def __getitem__(self, i:int)->CloudSample:
         "Cloud `i` of the split; negative numbers count from the end."
@@ -397,11 +403,12 @@ class CloudBatch:
         self.__dict__.update(state)
         if self.tree is not None: self.__dict__["tree"] = _tree_with(self.tree, lambda t: t)
 
-# %% ../../nbs/data/05_store.ipynb #7a7ab926
+# %% ../../nbs/data/05_store.ipynb #30296f54
 def _stack(arrays, what): # Tensor of all rows, or None where no cloud has any
     "Concatenate what every cloud has; `ValueError` where only some have it."
     if all(a is None for a in arrays): return None
-    if any(a is None for a in arrays): refuse(f"{what} for {sum(a is not None for a in arrays)} of {len(arrays)} clouds", "for all or none", "do not mix data sets in a batch")
+    if none := sum(a is None for a in arrays):
+        refuse(f"{what} for {len(arrays) - none} of {len(arrays)} clouds", "for all or none", "do not mix data sets in a batch")
     return torch.from_numpy(np.concatenate(arrays))
 
 def collate(
@@ -418,10 +425,11 @@ def collate(
     edges = None if graphs[0] is None else torch.cat([g + s for g, s in zip(graphs, start)], dim=1)
     tree = None if prepared[0].tree is None else join_trees([p.tree for p in prepared])
     kind = _stack([c.kind for c in clouds], "kind")
+    kind, target = None if kind is None else kind.long(), _stack([c.target for c in clouds], "target")
     constants = {k: torch.from_numpy(np.stack([c.constants[k] for c in clouds])) for k in clouds[0].constants}
-    return CloudBatch(points, _stack([c.target for c in clouds], "target"), None if kind is None else kind.long(), edges, tree, constants, tuple(c.id for c in clouds))
+    return CloudBatch(points, target, kind, edges, tree, constants, tuple(c.id for c in clouds))
 
-# %% ../../nbs/data/05_store.ipynb #07453b1f
+# %% ../../nbs/data/05_store.ipynb #944d7896
 class BatchOrder(Sampler):
     "Lists of (epoch, cloud) from the current position to the end of the epoch."
     def __init__(self,
@@ -433,7 +441,8 @@ class BatchOrder(Sampler):
         rank:int=0, # of this process among `world`; each takes every world-th cloud
         world:int=1, # processes; when shuffled, count % world clouds sit out an epoch, so that all take equally many steps
     ):
-        if count < 1 or batch_size < 1 or not 0 <= rank < world: refuse(f"count={count}, batch_size={batch_size}, rank={rank}, world={world}", "count and batch_size of at least 1, rank below world", "correct them")
+        if count < 1 or batch_size < 1 or not 0 <= rank < world:
+            refuse(f"count={count}, batch_size={batch_size}, rank={rank}, world={world}", "count and batch_size of at least 1, rank below world", "correct them")
         if shuffle and count < world: refuse(f"{count} clouds for {world} processes", "at least one cloud a process", "use fewer processes")
         self.count, self.batch_size, self.seed, self.shuffle, self.rank, self.world = count, batch_size, seed, shuffle, rank, world
         self.epoch = self.position = 0 # position: clouds taken in this epoch
@@ -458,11 +467,11 @@ class BatchOrder(Sampler):
 
     def load_state_dict(self, state:dict):
         "Continue from a state; raises `ValueError` for one of another order."
-        if bad := {k: (state.get(k), getattr(self, k)) for k in ("count", "seed", "shuffle", "world") if state.get(k) != getattr(self, k)}:
-            refuse(f"state and order that differ, {', '.join(f'{k}: {a} and {b}' for k, (a, b) in bad.items())}", "the order the state was saved from", "use its settings or start anew")
+        if bad := [f"{k}: {state.get(k)} and {getattr(self, k)}" for k in ("count", "seed", "shuffle", "world") if state.get(k) != getattr(self, k)]:
+            refuse(f"state and order that differ, {', '.join(bad)}", "the order the state was saved from", "use its settings or start anew")
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
-# %% ../../nbs/data/05_store.ipynb #54788f63
+# %% ../../nbs/data/05_store.ipynb #b222c70f
 class CloudLoader:
     "Batches of an epoch, in order; a second pass is the next epoch, a pass after an interruption the rest of the current one."
     def __init__(self,
@@ -473,10 +482,12 @@ class CloudLoader:
         pin_memory:bool=False, # page-locked batches for fast copies to a GPU; without one it does nothing
         context:Optional[str]=None, # how workers start: 'fork', 'spawn', ... or None for the default
     ):
-        if order.count != len(data): refuse(f"an order of {order.count} clouds for a data set of {len(data)}", "one order for this data set", "pass BatchOrder(len(data))")
+        if order.count != len(data):
+            refuse(f"an order of {order.count} clouds for a data set of {len(data)}", "an order of that many clouds", "pass BatchOrder(len(data))")
         self.order = order
-        self.loader = DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers, pin_memory=pin_memory and torch.cuda.is_available(),
-                                 persistent_workers=workers > 0, multiprocessing_context=context if workers else None, generator=torch.Generator())
+        self.loader = DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
+                                 pin_memory=pin_memory and torch.cuda.is_available(), multiprocessing_context=context if workers else None,
+                                 generator=torch.Generator())
 
     def __len__(self): return len(self.order)
 
