@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SurfaceBatch', 'surface_batch', 'FourierFeatures', 'SurfaceModel', 'PointwiseMLP']
 
-# %% ../../nbs/nn/09_tasks.ipynb #9579e078
+# %% ../../nbs/nn/09_tasks.ipynb #0a272ca7
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from ..geometry.balltree import BallTree
 from ..geometry.neighbours import knn_graph
-from ..geometry.points import PointBatch
+from ..geometry.points import PointBatch, refuse
 from .config import ErwinNSAConfig
 from .erwin import ErwinConfig, ErwinGeometry, ErwinTrees, backbone, backbone_tree
-from .model import Geometry
+from .model import ErwinNSA, Geometry, bucket_size, pad_geometry
 from .mpnn import EdgeLists, edge_lists
 
 # %% ../../nbs/nn/09_tasks.ipynb #6b01d053
@@ -59,7 +59,7 @@ class FourierFeatures(nn.Module):
 def _head(c:int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(c, c), nn.GELU(), nn.Linear(c, 1))
 
-# %% ../../nbs/nn/09_tasks.ipynb #2639697e
+# %% ../../nbs/nn/09_tasks.ipynb #7a5c6472
 class _SurfaceInput(nn.Module):
     "Features of a surface point: Fourier features of the position, plus a linear map of the normal."
     def __init__(self, width:int, use_normals:bool):
@@ -89,6 +89,17 @@ class SurfaceModel(nn.Module):
         tree = batch.tree or self.backbone.build_tree(batch.points)
         edges = batch.edge_index if isinstance(batch.edge_index, EdgeLists) else edge_lists(batch.edge_index, len(batch.points.pos))
         return replace(batch, geometry=self.backbone.geometry(batch.points, tree, edges))
+
+    def prepare_padded(self, batch:SurfaceBatch) -> SurfaceBatch: # the batch at round sizes, with its geometry and weights
+        "As `prepare`, at sizes that many batches share, for recorded steps on ragged data; kernels only, Erwin NSA only."
+        if not isinstance(self.backbone, ErwinNSA): refuse("an Erwin backbone", "Erwin NSA", "train Erwin without padding")
+        tree, N, E = batch.tree or self.backbone.build_tree(batch.points), len(batch.points.pos), batch.edge_index.shape[1]
+        points = bucket_size(N + 1)
+        spare = batch.edge_index.new_full((2, bucket_size(E) - E), points - 1)             # edges of a padded point with itself
+        edges = edge_lists(torch.cat([batch.edge_index, spare], 1), points)
+        geometry = pad_geometry(self.backbone.geometry(batch.points, tree, None), edges, points, max(self.backbone.config.ball_sizes))
+        tail = lambda t: None if t is None else torch.cat([t, t.new_zeros(points - N, *t.shape[1:])])
+        return SurfaceBatch(PointBatch(geometry.pos, (points,)), tail(batch.normal), tail(batch.target), edges, None, geometry, geometry.real.float())
 
     def forward(self, batch:SurfaceBatch, x:Tensor | None=None, records:list | None=None) -> Tensor: # (N,) normalised pressure; x: features to use instead
         x = self.input(batch) if x is None else x

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'FitConfig', 'make_optimizer', 'fit', 'evaluate']
 
-# %% ../../nbs/train/01_fit.ipynb #b32946db
+# %% ../../nbs/train/01_fit.ipynb #20f7cf1b
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from ..data.surfaces import Normalizer, SurfaceSample
 from ..geometry.points import PointBatch
 from ..nn.config import ErwinNSAConfig
 from ..nn.tasks import SurfaceBatch, surface_batch
-from .step import TrainStep, capturable_adamw, set_learning_rate, to_device
+from .step import TrainStep, capturable_adamw, set_learning_rate, shared_shapes, to_device
 
 # %% ../../nbs/train/01_fit.ipynb #9a57d5b4
 def prepare(
@@ -65,7 +65,7 @@ def make_optimizer(model:nn.Module, config:FitConfig) -> torch.optim.AdamW:
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
     return capturable_adamw(groups, config.lr, device)
 
-# %% ../../nbs/train/01_fit.ipynb #f299673d
+# %% ../../nbs/train/01_fit.ipynb #f4938c35
 def fit(
     model:nn.Module,                  # takes a SurfaceBatch, gives (N,) predictions
     batches:Sequence[SurfaceBatch],   # training batches with targets
@@ -77,7 +77,7 @@ def fit(
     if not batches: raise ValueError("batches is empty; needed: at least one training batch.")
     optimizer, order = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
     train = TrainStep(model, optimizer, clip=config.clip, mode=config.mode, numbers=config.numbers)
-    batches = [to_device(model.prepare(b) if hasattr(model, "prepare") else b, train.device) for b in batches]
+    batches = [to_device(b, train.device) for b in shared_shapes(model, batches, train.mode)]
     losses, queue, running = [], [], deque()
     model.train()
 
