@@ -59,7 +59,7 @@ class FourierFeatures(nn.Module):
 def _head(c:int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(c, c), nn.GELU(), nn.Linear(c, 1))
 
-# %% ../../nbs/nn/09_tasks.ipynb #7a5c6472
+# %% ../../nbs/nn/09_tasks.ipynb #5410d9a9
 class _SurfaceInput(nn.Module):
     "Features of a surface point: Fourier features of the position, plus a linear map of the normal."
     def __init__(self, width:int, use_normals:bool):
@@ -86,6 +86,7 @@ class SurfaceModel(nn.Module):
 
     def prepare(self, batch:SurfaceBatch) -> SurfaceBatch: # the same batch with its geometry
         "Make once what depends on positions alone: a batch that is read again and again should bring it along."
+        if batch.geometry is not None: return batch
         tree = batch.tree or self.backbone.build_tree(batch.points)
         edges = batch.edge_index if isinstance(batch.edge_index, EdgeLists) else edge_lists(batch.edge_index, len(batch.points.pos))
         return replace(batch, geometry=self.backbone.geometry(batch.points, tree, edges))

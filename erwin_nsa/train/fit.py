@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['prepare', 'FitConfig', 'make_optimizer', 'fit', 'evaluate']
 
-# %% ../../nbs/train/01_fit.ipynb #20f7cf1b
+# %% ../../nbs/train/01_fit.ipynb #fb92a875
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -19,6 +19,7 @@ from ..data.surfaces import Normalizer, SurfaceSample
 from ..geometry.points import PointBatch
 from ..nn.config import ErwinNSAConfig
 from ..nn.tasks import SurfaceBatch, surface_batch
+from .checkpoint import CheckpointPlan, FitState, Keeper
 from .step import TrainStep, capturable_adamw, set_learning_rate, shared_shapes, to_device
 
 # %% ../../nbs/train/01_fit.ipynb #9a57d5b4
@@ -65,40 +66,50 @@ def make_optimizer(model:nn.Module, config:FitConfig) -> torch.optim.AdamW:
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
     return capturable_adamw(groups, config.lr, device)
 
-# %% ../../nbs/train/01_fit.ipynb #f4938c35
+# %% ../../nbs/train/01_fit.ipynb #13265811
 def fit(
     model:nn.Module,                  # takes a SurfaceBatch, gives (N,) predictions
     batches:Sequence[SurfaceBatch],   # training batches with targets
     config:FitConfig,
     on_step:Callable[[int, float], None] | None=None, # called after each step with the step and its loss
     progress:bool=True,               # show a progress bar
+    *,
+    checkpoint:CheckpointPlan | None=None, # save by this plan, and on SIGTERM, which then ends the training with `Stopped`
+    resume:bool=False,                # go on from the newest whole checkpoint of the plan's folder; from step 0 if there is none
 ) -> list[float]: # mean squared error of every step, normalised [-]
     "Train in place; raises `FloatingPointError` when a loss is not finite."
     if not batches: raise ValueError("batches is empty; needed: at least one training batch.")
-    optimizer, order = make_optimizer(model, config), torch.Generator().manual_seed(config.seed)
+    optimizer, state = make_optimizer(model, config), FitState(torch.Generator().manual_seed(config.seed))
     train = TrainStep(model, optimizer, clip=config.clip, mode=config.mode, numbers=config.numbers)
-    batches = [to_device(b, train.device) for b in shared_shapes(model, batches, train.mode)]
-    losses, queue, running = [], [], deque()
+    given, batches = batches, [to_device(b, train.device) for b in shared_shapes(model, batches, train.mode)]
+    keeper, running = Keeper(checkpoint, model, optimizer, state, config), deque()
+    keeper.open(given, resume)
     model.train()
 
     def look(bar):                                            # at the oldest loss; on a GPU a later step is running by now
         step, chosen, loss = running.popleft()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise FloatingPointError(f"loss is {losses[-1]} at step {step}, batch {chosen} ({batches[chosen].points}); needed: a finite loss. "
-                                     "Lower lr, or look at this batch's features and targets. The parameters are those before this step.")
-        bar.set_postfix(mse=f"{losses[-1]:.4f}", refresh=False)
-        if on_step is not None: on_step(step, losses[-1])
+        state.losses.append(loss.item())
+        if not math.isfinite(state.losses[-1]):
+            raise FloatingPointError(f"loss is {state.losses[-1]} at step {step}, batch {chosen} ({batches[chosen].points}); needed: a finite loss. "
+                                     "Lower lr, or look at this batch's features and targets. The parameters are those before this step."
+                                     + keeper.save_nonfinite(step, chosen, state.losses[-1]))
+        bar.set_postfix(mse=f"{state.losses[-1]:.4f}", refresh=False)
+        if on_step is not None: on_step(step, state.losses[-1])
 
-    for step in (bar := tqdm(range(config.steps), disable=not progress, desc=type(model).__name__, unit="step")):
-        queue = queue or torch.randperm(len(batches), generator=order).tolist()
-        set_learning_rate(optimizer, config.learning_rate(step))
-        running.append((step, chosen := queue.pop(), train(batches[chosen])))
-        if len(running) > train.ahead: look(bar)
-    while running: look(bar)
-    return losses
+    with keeper:
+        for step in (bar := tqdm(range(state.step, config.steps), initial=state.step, total=config.steps, disable=not progress, desc=type(model).__name__, unit="step")):
+            state.queue = state.queue or torch.randperm(len(batches), generator=state.order).tolist()
+            set_learning_rate(optimizer, config.learning_rate(step))
+            running.append((step, chosen := state.queue.pop(), train(batches[chosen])))
+            if len(running) > train.ahead: look(bar)
+            state.step = step + 1
+            if keeper.due():
+                while running: look(bar)
+                keeper.save()
+        while running: look(bar)
+    return state.losses
 
-# %% ../../nbs/train/01_fit.ipynb #6664e790
+# %% ../../nbs/train/01_fit.ipynb #b3040051
 @torch.no_grad()
 def evaluate(
     model:nn.Module | None,        # None: predict the training mean, normalised pressure 0
@@ -107,8 +118,8 @@ def evaluate(
 ) -> dict[str, float]: # mse_normalised [-], rmse in the unit of the pressure, explained_variance [-]
     "Errors over all points of all batches."
     if model is not None: model.eval()
-    place = lambda b: b if model is None else to_device(b, next(model.parameters()).device)
-    predicted = torch.cat([torch.zeros_like(b.target) if model is None else model(place(b)).cpu() for b in batches]).double().numpy()
+    if model is not None: batches = [to_device(b, next(model.parameters()).device) for b in shared_shapes(model, batches, "eager")]
+    predicted = torch.cat([torch.zeros_like(b.target) if model is None else model(b).cpu() for b in batches]).double().numpy()
     target = torch.cat([b.target.cpu() for b in batches]).double().numpy()
     error = normalizer.decode_pressure(predicted) - normalizer.decode_pressure(target)
     return dict(mse_normalised=float(((predicted - target) ** 2).mean()), mse_physical=float((error ** 2).mean()),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..geometry.balltree import Slots
 from ..geometry.points import refuse
 
-# %% ../../nbs/train/00_step.ipynb #f45ecea5
+# %% ../../nbs/train/00_step.ipynb #0e3e10b0
 def map_tensors(
     f:Callable[[Tensor], Any], # applied to every tensor, in a fixed order
     tree:Any, # dataclasses, tuples, lists and dicts of tensors and anything else
@@ -43,8 +43,9 @@ def signature(tree:Any) -> tuple[list[Tensor], str]: # its tensors, and what two
     rest = map_tensors(lambda t: tensors.append(t) or (tuple(t.shape), t.dtype), tree)
     return tensors, repr(dataclasses.astuple(rest) if dataclasses.is_dataclass(rest) else rest)
 
-def to_device(batch:Any, device:torch.device | str) -> Any: # the same batch there
-    "Move every tensor of a batch."
+def to_device(batch:Any, device:torch.device) -> Any: # the same batch there; itself if it is there already
+    "Move every tensor of a prepared batch."
+    if all(t.device == device for t in signature(batch)[0]): return batch
     return map_tensors(lambda t: t.to(device, non_blocking=True), batch)
 
 # %% ../../nbs/train/00_step.ipynb #d2d1adf8
