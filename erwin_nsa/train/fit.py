@@ -66,7 +66,7 @@ def make_optimizer(model:nn.Module, config:FitConfig) -> torch.optim.AdamW:
               dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
     return capturable_adamw(groups, config.lr, device)
 
-# %% ../../nbs/train/01_fit.ipynb #13265811
+# %% ../../nbs/train/01_fit.ipynb #65e8cdfd
 def fit(
     model:nn.Module,                  # takes a SurfaceBatch, gives (N,) predictions
     batches:Sequence[SurfaceBatch],   # training batches with targets
@@ -91,7 +91,7 @@ def fit(
         state.losses.append(loss.item())
         if not math.isfinite(state.losses[-1]):
             raise FloatingPointError(f"loss is {state.losses[-1]} at step {step}, batch {chosen} ({batches[chosen].points}); needed: a finite loss. "
-                                     "Lower lr, or look at this batch's features and targets. The parameters are those before this step."
+                                     "Lower lr, or look at this batch's features and targets. A step with such a loss changes no parameter."
                                      + keeper.save_nonfinite(step, chosen, state.losses[-1]))
         bar.set_postfix(mse=f"{state.losses[-1]:.4f}", refresh=False)
         if on_step is not None: on_step(step, state.losses[-1])
