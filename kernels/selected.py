@@ -64,7 +64,7 @@ def _keys(k, v, mask, ball, precision): # (2, H_kv, S, DP) keys and values, (W,)
                                     D=d, DP=next_power(d), BALL=ball, BP=next_power(ball, 1), PRECISION=precision)
     return kv, full
 
-# %% ../nbs/kernels/03_selected.ipynb #31c0b0d6
+# %% ../nbs/kernels/03_selected.ipynb #3e5662a5
 @triton.jit
 def _list_kernel(PICKS, FULL, ENTRIES, COUNT, n_rows, n_picks, W, KP: tl.constexpr, ROWS: tl.constexpr):
     row, o = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, KP)
@@ -85,6 +85,7 @@ def _ball_of(PICKS, at, end, W): # ball number of a pick, -1 for none
     x = tl.load(PICKS + at, mask=at < end, other=-1)
     return tl.where((x >= 0) & (x < W), x, -1).to(tl.int32)
 
+# %% ../nbs/kernels/03_selected.ipynb #59f164da
 @triton.jit
 def _union_kernel(PICKS, FULL, ENTRIES, TIMES, COUNT, R, n_picks, n_groups, W, P: tl.constexpr, UP: tl.constexpr, KP: tl.constexpr):
     group, i_kv = tl.program_id(0), tl.program_id(1)
@@ -170,7 +171,7 @@ def _times(TIMES, at, last, row, minus, P: tl.constexpr, BALL: tl.constexpr, NB:
         return tl.where(o < BALL, first[:, None], second[:, None])
     else: return tl.load(TIMES + tl.minimum(at + o // BALL, last) * P + row[:, None]) - minus[:, None]
 
-# %% ../nbs/kernels/03_selected.ipynb #7a4940f2
+# %% ../nbs/kernels/03_selected.ipynb #1358f3a6
 @triton.jit
 def _forward_step(q, K, V, TIMES, LIVE, slot, at, last, row, top, total, acc, scale, DP: tl.constexpr, P: tl.constexpr, BALL: tl.constexpr,
                   NB: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -187,6 +188,7 @@ def _forward_step(q, K, V, TIMES, LIVE, slot, at, last, row, top, total, acc, sc
     fade = tl.exp2(top - new)
     return new, total * fade + tl.sum(p, 1), tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
 
+# %% ../nbs/kernels/03_selected.ipynb #d3c9a9c5
 @triton.jit
 def _forward_kernel(Q, K, V, ENTRIES, TIMES, COUNT, LIVE, OUT, LSE, S, R, H, n_picks, n_groups, n_tiles, q_step, scale,
                     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, P: tl.constexpr, BALL: tl.constexpr,
@@ -221,7 +223,7 @@ def _forward_kernel(Q, K, V, ENTRIES, TIMES, COUNT, LIVE, OUT, LSE, S, R, H, n_p
     tl.store(OUT + row[:, None] * D + o_d[None, :], out.to(OUT.dtype.element_ty), mask=inside[:, None] & (o_d < D)[None, :])
     tl.store(LSE + row, tl.where(found, top + tl.log2(total) - (CUT if PRECISION == "tf32" else 0.), float("inf")), mask=inside)
 
-# %% ../nbs/kernels/03_selected.ipynb #ff083a20
+# %% ../nbs/kernels/03_selected.ipynb #e99e0b3a
 @triton.jit
 def _query_step(q, grad, K, V, TIMES, LIVE, slot, at, last, row, lse, delta, dq, scale, DP: tl.constexpr, P: tl.constexpr, BALL: tl.constexpr,
                 NB: tl.constexpr, PARTS: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -234,6 +236,7 @@ def _query_step(q, grad, K, V, TIMES, LIVE, slot, at, last, row, lse, delta, dq,
     if MASKED: p = tl.where(seen[None, :], p, 0.)
     return tl.dot((p * (dp - delta[:, None])).to(k.dtype), k, dq, input_precision=PRECISION)
 
+# %% ../nbs/kernels/03_selected.ipynb #ac30ee11
 @triton.jit
 def _query_kernel(Q, K, V, OUT, GRAD, LSE, ENTRIES, TIMES, COUNT, LIVE, DQ, DELTA, QR, GRADR,
                   S, R, H, n_picks, n_groups, n_tiles, q_step, scale, root,
@@ -363,7 +366,7 @@ def invert_selection(
     _scatter_kernel[(triton.cdiv(n, 1024),)](indices, live, rank, counts, order, *shape, divide, **flag, BLOCK=1024)
     return order, offset, start, owner
 
-# %% ../nbs/kernels/03_selected.ipynb #4d987edb
+# %% ../nbs/kernels/03_selected.ipynb #ba0ea3db
 @triton.jit
 def _key_value_step(k, v, q, grad, lse, delta, dk, dv, scale, FLIP: tl.constexpr, PRECISION: tl.constexpr):
     if FLIP:
@@ -384,6 +387,7 @@ def _offsets(begin, step, head: tl.constexpr, G: tl.constexpr, BM: tl.constexpr)
     if BM % G == 0: return begin // G * step + (o // G * step + o % G * head)
     else: return (begin + o) // G * step + (begin + o) % G * head
 
+# %% ../nbs/kernels/03_selected.ipynb #904ce69e
 @triton.jit
 def _pair_rows(k, v, Q, GRAD, LSE, DELTA, LIVE, first, i_kv, q_step, g_step, H, scale, D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr,
                PER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr):
@@ -407,6 +411,7 @@ def _pair_rows(k, v, Q, GRAD, LSE, DELTA, LIVE, first, i_kv, q_step, g_step, H, 
         dk, dv = _key_value_step(k, v, q, grad, lse - lift, delta, dk, dv, scale, False, PRECISION)
     return dk, dv
 
+# %% ../nbs/kernels/03_selected.ipynb #0d6693c2
 @triton.jit
 def _pair_kernel(Q, K, V, GRAD, LSE, DELTA, LIVE, ENTRIES, COUNT, FULL, DK, DV, S, R, H, n_picks, n_tiles, q_step, g_step, scale,
                  D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, PER: tl.constexpr, BALL: tl.constexpr, NB: tl.constexpr,
@@ -554,7 +559,7 @@ def _(q, k, v, indices, mask, ball_size):
     return (q.new_empty(q.shape), q.new_empty(S, H, dtype=torch.float32), q.new_empty(2, H_kv, S, next_power(int(d))), whole(S // ball_size),
             whole(H_kv, groups, P * picks), times, whole(H_kv, groups, 2))
 
-# %% ../nbs/kernels/03_selected.ipynb #5af5c8a0
+# %% ../nbs/kernels/03_selected.ipynb #b5b7570f
 def _piece_size(indices, rows, ball, S): # picks of a piece: a few tiles at least, enough pieces for the card, less than the average list
     total, W = indices.numel(), S // ball
     return max(1, -(-256 // rows), min(-(-3 * total // (4 * W * len(indices))), total // 2112))
@@ -587,6 +592,7 @@ def _keys_backward(q, grad, kv, lse, delta, full, lists, indices, live, ball, sc
         WIDE=S * max(steps[:2]) >= 2 ** 31, **fixed)
     return made, start, order, False
 
+# %% ../nbs/kernels/03_selected.ipynb #3e3f2007
 @torch.library.custom_op("erwin_nsa::selected_bwd", mutates_args=())
 def selected_bwd(grad:Tensor, q:Tensor, indices:Tensor, mask:Tensor, out:Tensor, lse:Tensor, kv:Tensor, full:Tensor, entries:Tensor, times:Tensor,
                  count:Tensor, ball_size:int) -> tuple[Tensor, Tensor, Tensor]:

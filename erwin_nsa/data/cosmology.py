@@ -8,7 +8,7 @@ __all__ = ['HALO_BOX', 'HALO_COUNTS', 'crc32c', 'masked_crc', 'count_records', '
            'halo_files', 'convert_halos', 'Catalogue', 'read_catalogue', 'Region', 'split_regions', 'wrap_around',
            'catalogue_clouds', 'find_catalogue']
 
-# %% ../../nbs/data/06_cosmology.ipynb #f68f86e2
+# %% ../../nbs/data/06_cosmology.ipynb #98b60c36
 import hashlib, math, os, zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +19,7 @@ from typing import Optional
 import h5py, numpy as np, torch
 
 from .store import CloudSample, write_clouds
+from .surfaces import _constant
 
 # %% ../../nbs/data/06_cosmology.ipynb #cb4ad204
 def _byte_table(): # (256,) uint32: the sum of each single byte
@@ -237,12 +238,7 @@ def read_halos(
         try: yield halo_cloud(data, f"{Path(path).stem}_{i:04d}", n_points)
         except ValueError as e: raise ValueError(f"{path}: record {i}: {e}") from e
 
-# %% ../../nbs/data/06_cosmology.ipynb #f8340837
-def _like(value, a): # constants of the library, dtype and device of a
-    if torch.is_tensor(a) and a.is_floating_point(): return torch.tensor(value, dtype=a.dtype, device=a.device)
-    if isinstance(a, np.ndarray) and a.dtype.kind == "f": return np.asarray(value, dtype=a.dtype)
-    raise TypeError(f"given {type(a).__name__} of {getattr(a, 'dtype', 'no dtype')}; needed: a floating numpy array or torch tensor")
-
+# %% ../../nbs/data/06_cosmology.ipynb #5fe87d23
 @dataclass(frozen=True)
 class HaloScale:
     "Affine maps of positions and velocities, three numbers each."
@@ -273,10 +269,10 @@ class HaloScale:
         pos, vel = (np.concatenate([getattr(s, k) for s in samples]).astype(np.float64) for k in ("pos", "target"))
         return cls(pos.mean(0), pos.std(0), vel.mean(0), vel.std(0))
 
-    def encode_pos(self, pos): return (pos - _like(self.pos_mean, pos)) / _like(self.pos_std, pos)
-    def decode_pos(self, pos): return pos * _like(self.pos_std, pos) + _like(self.pos_mean, pos)
-    def encode_vel(self, vel): return (vel - _like(self.vel_mean, vel)) / _like(self.vel_std, vel)
-    def decode_vel(self, vel): return vel * _like(self.vel_std, vel) + _like(self.vel_mean, vel)
+    def encode_pos(self, pos): return (pos - _constant(self.pos_mean, pos, "pos")) / _constant(self.pos_std, pos, "pos")
+    def decode_pos(self, pos): return pos * _constant(self.pos_std, pos, "pos") + _constant(self.pos_mean, pos, "pos")
+    def encode_vel(self, vel): return (vel - _constant(self.vel_mean, vel, "vel")) / _constant(self.vel_std, vel, "vel")
+    def decode_vel(self, vel): return vel * _constant(self.vel_std, vel, "vel") + _constant(self.vel_mean, vel, "vel")
     def encode(self, s:CloudSample)->CloudSample: return replace(s, pos=self.encode_pos(s.pos), target=self.encode_vel(s.target))
     def decode(self, s:CloudSample)->CloudSample: return replace(s, pos=self.decode_pos(s.pos), target=self.decode_vel(s.target))
     def encode_box(self, box): return tuple(box / s for s in self.pos_std) # periodic lengths in standard coordinates, for `knn_graph(box=)`

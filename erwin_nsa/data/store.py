@@ -7,7 +7,7 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'ATTRIBUTES', 'CloudSample', 'replacing',
            'surface_cloud', 'Prepared', 'Geometry', 'GeometryCache', 'PreparedClouds', 'join_trees', 'CloudBatch',
            'collate', 'BatchOrder', 'CloudLoader']
 
-# %% ../../nbs/data/05_store.ipynb #9c3e5431
+# %% ../../nbs/data/05_store.ipynb #fc47c290
 import hashlib, json, os, tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 import erwin_nsa
-from .surfaces import Normalizer, SurfaceSample
+from .surfaces import Normalizer, SurfaceSample, open_format
 from ..geometry.balltree import BallTree, slot_layout
 from ..geometry.neighbours import knn_graph, radius_graph
 from ..geometry.points import PointBatch, refuse
@@ -168,18 +168,8 @@ def write_clouds(
             f.create_dataset("split", data=names, dtype=h5py.string_dtype())
     return Path(path)
 
-# %% ../../nbs/data/05_store.ipynb #9b5ae351
-def _open_clouds(path): # open h5py.File
-    "Open a file of this format, or raise `FileNotFoundError` or `ValueError` naming file, key, expected and found."
-    path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(f"{path}: expected an HDF5 file of clouds, found no such file")
-    try: f = h5py.File(path, "r")
-    except OSError as e: raise ValueError(f"{path}: expected an HDF5 file, found one that cannot be opened ({e}); fetch or write it again") from e
-    for key, need in (("format", FORMAT), ("format_version", FORMAT_VERSION)):
-        if (got := f.attrs.get(key)) != need:
-            f.close()
-            raise ValueError(f"{path}: attribute '{key}': expected {need!r}, found {got!r}; write it with write_clouds")
-    return f
+# %% ../../nbs/data/05_store.ipynb #791e2e78
+def _open_clouds(path): return open_format(path, FORMAT, FORMAT_VERSION, "clouds", "write_clouds")
 
 def _check_contents(path, f):
     "Every dataset has the type and the number of rows that the offsets promise, or `ValueError`."

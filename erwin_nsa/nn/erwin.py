@@ -7,7 +7,7 @@ __all__ = ['ErwinConfig', 'as_published_erwin', 'coarse_slots', 'children', 'poo
            'level_frames', 'BallAttention', 'ErwinBlock', 'SlotBatchNorm', 'Pool', 'Unpool', 'Erwin', 'ErwinGeometry',
            'backbone', 'backbone_tree']
 
-# %% ../../nbs/nn/10_erwin.ipynb #575b274e
+# %% ../../nbs/nn/10_erwin.ipynb #bcf6c7af
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.balltree import BallTree, Slots, _grow, _views, full_plan
-from ..geometry.neighbours import radius_graph
 from ..geometry.points import PointBatch
-from .config import ErwinNSAConfig
+from .config import ErwinNSAConfig, given_config
 from .local import hide, local_attention
-from .model import ErwinNSA, Geometry, _checked_points, _init_linear
+from .model import ErwinNSA, Geometry, _checked_points, _graph, _init_linear
 from .mpnn import MPNN
 from .nsa import Block, Frame, SwiGLU, make_frames
 
@@ -305,7 +304,7 @@ def _offsets(fine:Frame, coarse:Frame, stride:int) -> Tensor: # (S_{l+1}, q D) p
     apart = fine.pos - coarse.pos.repeat_interleave(stride, dim=0)
     return children(apart, fine.mask, stride).flatten(1)
 
-# %% ../../nbs/nn/10_erwin.ipynb #7ff69802
+# %% ../../nbs/nn/10_erwin.ipynb #947184de
 class Erwin(nn.Module):
     "Erwin, a U-Net of ball attention: features of points in, features of points out."
     def __init__(self,
@@ -313,10 +312,7 @@ class Erwin(nn.Module):
         **options, # fields of ErwinConfig
     ):
         super().__init__()
-        if (config is None) == (not options):
-            raise ValueError("needed: either a config, e.g. Erwin(ErwinConfig.shapenet_car()), or its fields as keywords; "
-                             f"given: {'neither' if config is None else f'a config and {sorted(options)}'}.")
-        self.config = cfg = config or ErwinConfig(**options)
+        self.config = cfg = given_config(ErwinConfig, config, options)
         c, last = cfg.widths, len(cfg.strides)
         blocks = lambda l, depths, heads: nn.ModuleList(ErwinBlock(c[l], heads[l], cfg.ball_sizes[l], cfg) for _ in range(depths[l]))
         self.embed = nn.Linear(cfg.c_in, cfg.c_hidden)
@@ -390,7 +386,7 @@ def _run_blocks(blocks:nn.ModuleList, h:Tensor, frames:tuple[Frame, ...], record
 
 Erwin.geometry, Erwin.run = _geometry, _run
 
-# %% ../../nbs/nn/10_erwin.ipynb #1579b282
+# %% ../../nbs/nn/10_erwin.ipynb #d7cc504f
 def _checked(x, pos, batch, tree, cfg:ErwinConfig, dtype) -> PointBatch:
     "The input as a PointBatch, or an error that names every side."
     if tree is not None and not isinstance(tree, ErwinTrees):
@@ -400,12 +396,6 @@ def _checked(x, pos, batch, tree, cfg:ErwinConfig, dtype) -> PointBatch:
                          "Build it with model.build_tree.")
     needs = SimpleNamespace(**vars(cfg) | dict(ball_sizes=cfg.tree_ball_sizes))
     return _checked_points(x, pos, batch, None if tree is None else tree.points, needs, dtype)
-
-def _graph(points:PointBatch, edge_index, radius, mp_steps:int): # (2, E), or None where none is needed
-    if not mp_steps or edge_index is not None: return edge_index
-    if radius is None:
-        raise ValueError(f"mp_steps is {mp_steps} but there is no graph; needed: edge_index (see knn_graph) or radius, or a model with mp_steps=0.")
-    return radius_graph(points.pos, radius, points.batch, loop=True)
 
 # %% ../../nbs/nn/10_erwin.ipynb #0552f745
 def backbone(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ErwinNSA', 'Geometry', 'bucket_size', 'pad_geometry', 'count_parameters']
 
-# %% ../../nbs/nn/08_model.ipynb #839cabeb
+# %% ../../nbs/nn/08_model.ipynb #b7c698bd
 from dataclasses import dataclass
 
 import torch
@@ -15,12 +15,12 @@ from ..geometry.balltree import BallTree
 from ..geometry.neighbours import radius_graph
 from ..geometry.points import PointBatch, as_positions, cloud_sizes, refuse
 from .compressed import Windows
-from .config import ErwinNSAConfig
+from .config import ErwinNSAConfig, given_config
 from .local import hide
 from .mpnn import MPNN, EdgeLists
 from .nsa import Block, Frame, exchange, make_frames
 
-# %% ../../nbs/nn/08_model.ipynb #29ea1e5a
+# %% ../../nbs/nn/08_model.ipynb #eacfbfc7
 class ErwinNSA(nn.Module):
     "Erwin with native sparse attention (paper section 4): features of points in, features of points out."
     def __init__(self,
@@ -28,10 +28,7 @@ class ErwinNSA(nn.Module):
         **options, # fields of ErwinNSAConfig, e.g. c_in=64, c_hidden=64, depth=6
     ):
         super().__init__()
-        if (config is None) == (not options):
-            raise ValueError("needed: either a config or its fields as keywords, e.g. ErwinNSA(c_in=64, c_hidden=64, depth=6); "
-                             f"given: {'neither' if config is None else f'a config and {sorted(options)}'}.")
-        self.config = cfg = config or ErwinNSAConfig(**options)
+        self.config = cfg = given_config(ErwinNSAConfig, config, options)
         self.embed = nn.Linear(cfg.c_in, cfg.c_hidden)
         self.mpnn = MPNN(cfg.c_hidden, cfg.mp_steps, cfg.dimensionality, recompute=cfg.recompute)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -47,7 +44,7 @@ def _init_linear(linear:nn.Linear, std:float) -> None:
     nn.init.trunc_normal_(linear.weight, std=std, a=-2, b=2)
     if linear.bias is not None: nn.init.zeros_(linear.bias)
 
-# %% ../../nbs/nn/08_model.ipynb #5af0d13d
+# %% ../../nbs/nn/08_model.ipynb #c12124ed
 def _forward(self,
     x:Tensor,   # (N, c_in) features
     pos:Tensor, # (N, D) positions [length unit of the data]
@@ -61,12 +58,7 @@ def _forward(self,
     cfg = self.config
     points = _checked_points(x, pos, batch, tree, cfg, self.embed.weight.dtype)
     tree = tree or self.build_tree(points)
-    if cfg.mp_steps and edge_index is None:
-        if radius is None:
-            raise ValueError(f"mp_steps is {cfg.mp_steps} but there is no graph; needed: edge_index (see knn_graph) or radius, "
-                             "or a model with mp_steps=0.")
-        edge_index = radius_graph(points.pos, radius, points.batch, loop=True)
-    return self.run(x, self.geometry(points, tree, edge_index), records)
+    return self.run(x, self.geometry(points, tree, _graph(points, edge_index, radius, cfg.mp_steps)), records)
 
 ErwinNSA.forward = _forward
 
@@ -141,7 +133,13 @@ def pad_geometry(
     return Geometry(_extend(geometry.pos, points), edges, tuple(_pad_frame(f, slots) for f in geometry.frames),
                     _extend(geometry.order, slots), _extend(geometry.inverse, points), False, real)
 
-# %% ../../nbs/nn/08_model.ipynb #efa2480d
+# %% ../../nbs/nn/08_model.ipynb #126acec6
+def _graph(points:PointBatch, edge_index, radius, mp_steps:int): # (2, E), or None where none is needed
+    if not mp_steps or edge_index is not None: return edge_index
+    if radius is None:
+        raise ValueError(f"mp_steps is {mp_steps} but there is no graph; needed: edge_index (see knn_graph) or radius, or a model with mp_steps=0.")
+    return radius_graph(points.pos, radius, points.batch, loop=True)
+
 def _checked_points(x, pos, batch, tree, cfg, dtype) -> PointBatch:
     "The input as a PointBatch, or an error that names every side."
     if x.ndim != 2 or x.shape[1] != cfg.c_in:

@@ -61,14 +61,19 @@ def run(op, tensors, pull, rest, dtype):
     return [t.detach().double() for t in (out, *torch.autograd.grad(out, leaves, pull.to(dtype)))]
 
 
+def cut(t): # float32 rounded to the 10 bits of TF32
+    return ((t.view(torch.int32) + 4096) & -8192).view(torch.float32)
+
+
 def assert_within_budget(case, per, kind, dtype):
-    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient, or that of the format: torch does not use TF32 for each product that may."""
+    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient. In TF32: of the operator in float64 on inputs of that format, since torch uses TF32 as it sees fit."""
     tensors, pull, rest = make(case, per, kind)
     tensors, pull = [t.to(dtype).float() for t in tensors], pull.to(dtype).float()
     exact = run(selected_attention, tensors, pull, rest, torch.float64)
-    plain, mine = (run(op, tensors, pull, rest, dtype) for op in (selected_attention, selected_attention_triton))
+    tf32, mine = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32, run(selected_attention_triton, tensors, pull, rest, dtype)
+    plain = run(selected_attention, *(([cut(t) for t in tensors], cut(pull)) if tf32 else (tensors, pull)), rest, torch.float64 if tf32 else dtype)
     rms = lambda t: t.square().mean().sqrt().item()
-    eps = 2 ** -7 if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else torch.finfo(dtype).eps
+    eps = 2 ** -11 if tf32 else torch.finfo(dtype).eps
     for name, a, p, e in zip(("output", "dq", "dk", "dv"), mine, plain, exact):
         floor = eps / 4 * max(rms(e), 0.1)
         assert rms(a - e) <= 3 * rms(p - e) + floor, f"{name}: {rms(a - e):.2e}, torch {rms(p - e):.2e}, scale {rms(e):.2e}"
