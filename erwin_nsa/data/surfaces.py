@@ -184,18 +184,18 @@ def read_surfaces(
     if not samples: raise ValueError(f"{path}: expected bodies of split {split or 'any'}, found none")
     return samples
 
-# %% ../../nbs/data/00_surfaces.ipynb #6e592419
+# %% ../../nbs/data/00_surfaces.ipynb #a5f885c9
 def _constant(
     value, # number or tuple of numbers
     like, # numpy array or torch tensor to match
     what:str, # name for the error
 ):
     "A constant of the same library, dtype and device as `like`. Raises `TypeError` for anything but floating arrays."
-    if what == "pos" and (getattr(like, "ndim", 0) < 1 or like.shape[-1] != 3):
-        raise ValueError(f"pos: given shape {tuple(getattr(like, 'shape', ()))}, needed (..., 3)")
-    if torch.is_tensor(like) and like.is_floating_point(): return torch.tensor(value, dtype=like.dtype, device=like.device)
-    if isinstance(like, np.ndarray) and like.dtype.kind == "f": return np.asarray(value, dtype=like.dtype)
-    raise TypeError(f"{what}: given {type(like).__name__} of {getattr(like, 'dtype', 'no dtype')}, needed a floating numpy array or torch tensor")
+    if torch.is_tensor(like) and like.is_floating_point(): constant = torch.tensor(value, dtype=like.dtype, device=like.device)
+    elif isinstance(like, np.ndarray) and like.dtype.kind == "f": constant = np.asarray(value, dtype=like.dtype)
+    else: raise TypeError(f"{what}: given {type(like).__name__} of {getattr(like, 'dtype', 'no dtype')}, needed a floating numpy array or torch tensor")
+    if what == "pos" and (like.ndim < 1 or like.shape[-1] != 3): raise ValueError(f"pos: given shape {tuple(like.shape)}, needed (..., 3)")
+    return constant
 
 # %% ../../nbs/data/00_surfaces.ipynb #4bb3c7ff
 @dataclass(frozen=True)
