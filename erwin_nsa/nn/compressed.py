@@ -88,7 +88,7 @@ class BallCompression(nn.Module):
         weight = self.score(t).masked_fill(~real, torch.finfo(t.dtype).min).softmax(1)
         return (weight * t).sum(1)
 
-# %% ../../nbs/nn/05_compressed.ipynb #95934fa3
+# %% ../../nbs/nn/05_compressed.ipynb #8a3fcd1c
 def compress_both(
     phi_k:BallCompression,
     phi_v:BallCompression,
@@ -96,8 +96,11 @@ def compress_both(
     v:Tensor, # (S, H_kv, d) values
     table:Tensor, # (W, b) slots of each window, -1 for none
 ) -> tuple[Tensor, Tensor]: # (W, H_kv, d) each
-    "`phi_k(k, table), phi_v(v, table)`, together."
-    if phi_k.phi != "mlp": return phi_k(k, table), phi_v(v, table)
+    "`phi_k(k, table), phi_v(v, table)`; on a GPU together."
+    if phi_k.phi == "mlp" and k.is_cuda: return _stacked(phi_k, phi_v, k, v, table)
+    return phi_k(k, table), phi_v(v, table)
+
+def _stacked(phi_k, phi_v, k, v, table):
     rows = torch.stack([_in_windows(t, table)[0].transpose(1, 2).flatten(2).flatten(0, 1) for t in (k, v)])     # (2, W H_kv, b d)
     for layer in (0, 2):
         weight, bias = (torch.stack([getattr(phi.mlp[layer], name) for phi in (phi_k, phi_v)]) for name in ("weight", "bias"))
