@@ -75,10 +75,10 @@ def _blank_tail(P, first, start, stop, h, H: tl.constexpr, G: tl.constexpr, d: t
         _store(P, _row_base(first, r, h, H, G), (r % G + tl.arange(0, BM)) // G * H + (r + tl.arange(0, BM)) % G, r + tl.arange(0, BM) < stop,
                tl.zeros((BM, D), tl.float32), d, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #c900623f
+# %% ../nbs/kernels/02_compressed.ipynb #9bae9f0c
 @triton.jit
-def _forward_step(q, m, l, acc, K, V, base, keys, seen, scale, VALUES: tl.constexpr, MASKED: tl.constexpr, IP: tl.constexpr,
-                  d: tl.constexpr, D: tl.constexpr):
+def _forward_step(q, m, l, acc, K, V, base, keys, seen, scale, VALUES: tl.constexpr, MASKED: tl.constexpr,
+                  IP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
     "One tile of keys: rows `base + keys` of K and V, `seen` those that exist."
     s = tl.dot(q, tl.trans(_load(K, base, keys, seen, d, D)), input_precision=IP)
     if MASKED: s = tl.where(seen[None, :], s, float("-inf"))
@@ -121,7 +121,7 @@ def _forward_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, S, B, scale, H: tl.constexp
             tl.store(LSE + at, tl.zeros((BM,), tl.float32), mask=r + tl.arange(0, BM) < slots * G)
         if VALUES: _blank_tail(OUT, first, rows, slots * G, h, H, G, d, BM, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #97e5aa13
+# %% ../nbs/kernels/02_compressed.ipynb #bfa69d15
 @triton.jit
 def _dq_step(q, do, lse, delta, dq, K, V, base, keys, seen, scale, MASKED: tl.constexpr, IP: tl.constexpr, d: tl.constexpr, D: tl.constexpr):
     k, v = _load(K, base, keys, seen, d, D), _load(V, base, keys, seen, d, D)
@@ -163,7 +163,7 @@ def _dq_kernel(Q, K, V, MK, MV, RUNS, OUT, LSE, DO, DELTA, DQ, DMK, DMV, S, B, s
     _store(DQ, base, rows_in, real, dq * root, d, D)
     if tile == last: _blank_tail(DQ, first, rows, slots * G, h, H, G, d, BM, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #5a02e4c0
+# %% ../nbs/kernels/02_compressed.ipynb #64eec2d7
 @triton.jit
 def _dkv_kernel(Q, K, V, RUNS, LSE, DO, DELTA, DK, DV, S, B, W, tiles, splits, scale, root, H: tl.constexpr, G: tl.constexpr, d: tl.constexpr,
                 IP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, D: tl.constexpr):
@@ -194,10 +194,40 @@ def _dkv_kernel(Q, K, V, RUNS, LSE, DO, DELTA, DK, DV, S, B, W, tiles, splits, s
     _store(DK, base, keys, seen, dk * root, d, D)
     _store(DV, base, keys, seen, dv, d, D)
 
-# %% ../nbs/kernels/02_compressed.ipynb #e9d27191
+# %% ../nbs/kernels/02_compressed.ipynb #949b7065
+@triton.jit
+def _add_rows(PARTS, OUT, block, rows, width, RB: tl.constexpr, CB: tl.constexpr):
+    "Sum of the rows of PARTS (rows, width) for one block of columns."
+    o_r, o_c, total = tl.arange(0, RB), block * CB + tl.arange(0, CB), tl.zeros((RB, CB), tl.float32)
+    for r in range(0, rows, RB):
+        at = (r + o_r).to(tl.int64)[:, None] * width + o_c[None, :]
+        total += tl.load(PARTS + at, mask=(r + o_r < rows)[:, None] & (o_c < width)[None, :], other=0.0)
+    tl.store(OUT + o_c, tl.sum(total, 0).to(OUT.dtype.element_ty), mask=o_c < width)
+
+@triton.jit
+def _total_kernel(PARTS_K, PARTS_V, SHARES_K, SHARES_V, DK, DV, DMK, DMV, splits, width, programs, part, blocks, RB: tl.constexpr, CB: tl.constexpr):
+    "Grid: column blocks of keys, then of the memory row, x (key, value)."
+    block = tl.program_id(0)
+    if block < blocks:
+        if tl.program_id(1) == 0: _add_rows(PARTS_K, DK, block, splits, width, RB, CB)
+        else: _add_rows(PARTS_V, DV, block, splits, width, RB, CB)
+    else:
+        if tl.program_id(1) == 0: _add_rows(SHARES_K, DMK, block - blocks, programs, part, RB, CB)
+        else: _add_rows(SHARES_V, DMV, block - blocks, programs, part, RB, CB)
+
+def _totals(parts, shares, dtype): # of partial sums (2, splits, W, H_kv, d) and (2, programs, H_kv, d)
+    (_, splits, W, H_kv, d), programs = parts.shape, shares.shape[1]
+    make = lambda *shape: torch.empty(shape, dtype=dtype, device=parts.device)
+    outs, CB = (make(W, H_kv, d), make(W, H_kv, d), make(H_kv, d), make(H_kv, d)), 16
+    blocks = triton.cdiv(W * H_kv * d, CB)
+    _total_kernel[(blocks + triton.cdiv(H_kv * d, CB), 2)](*parts, *shares, *outs, splits, W * H_kv * d, programs, H_kv * d, blocks, RB=128, CB=CB, num_warps=4)
+    return outs
+
+# %% ../nbs/kernels/02_compressed.ipynb #68b4541e
 LOG2E = 1.4426950408889634
 PROGRAMS = 528 # programs that fill a GPU of 132 multiprocessors four times
-TILES = { # (kernel, 16-bit, d > 64) -> rows, keys, warps, stages
+TILES = { # (kernel, 16-bit, d > 64) -> rows, keys, warps, stages; with "narrow" for d up to 32 where that differs
+    ("forward", True, "narrow"): (64, 64, 4, 3), ("dq", True, "narrow"): (64, 64, 4, 3), ("dkv", True, "narrow"): (64, 128, 4, 3),
     ("forward", True, False): (128, 64, 8, 3), ("forward", True, True): (128, 64, 8, 2),
     ("dq", True, False): (128, 64, 8, 3), ("dq", True, True): (64, 64, 4, 2),
     ("dkv", True, False): (32, 128, 4, 3), ("dkv", True, True): (32, 64, 4, 2),
@@ -209,8 +239,9 @@ TILES = { # (kernel, 16-bit, d > 64) -> rows, keys, warps, stages
 
 def _setting(kernel, q): # keyword arguments common to all kernels
     d = q.shape[-1]
-    BM, BN, warps, stages = TILES[kernel, q.dtype != torch.float32, d > 64]
-    exact = q.dtype != torch.float32 or not torch.backends.cuda.matmul.allow_tf32
+    half = q.dtype != torch.float32
+    BM, BN, warps, stages = d <= 32 and TILES.get((kernel, half, "narrow")) or TILES[kernel, half, d > 64]
+    exact = half or not torch.backends.cuda.matmul.allow_tf32
     return dict(d=d, D=next_power(d), IP="ieee" if exact else "tf32", BM=BM, BN=BN, num_warps=warps, num_stages=stages)
 
 def _forward(q, kc, vc, memory, runs, max_occupied, values=True): # out or None, lse in units of log 2
@@ -238,7 +269,7 @@ def _backward(grad, q, kc, vc, memory, runs, out, lse, max_occupied, max_windows
                      H=H, G=G, MEMORY=memory is not None, **side)
     if tiles: _dkv_kernel[(tiles * splits, H_kv, B)](q, kc, vc, runs, lse, grad, delta, *parts, S, B, W, tiles, splits, d ** -0.5 * LOG2E,
                                                      d ** -0.5, H=H, G=G, **key)
-    return dq, *(t.sum(0).to(q.dtype) for t in (*parts, *shares))
+    return dq, *_totals(parts, shares, q.dtype)
 
 # %% ../nbs/kernels/02_compressed.ipynb #f2231a57
 def _pair(key, value): return None if key is None else (key, value)
@@ -478,7 +509,7 @@ def _select_kernel(Q, K, LSE, RUNS, REDO, CHOSEN, S, B, R, k, scale, H: tl.const
         tl.store(CHOSEN + row + j, ball, mask=r < rows)
         best = tl.where(place == column[:, None], float("-inf"), best)
 
-# %% ../nbs/kernels/02_compressed.ipynb #f7d999d1
+# %% ../nbs/kernels/02_compressed.ipynb #865f4c5a
 @torch.library.custom_op("erwin_nsa::compressed_select", mutates_args=())
 def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Tensor], runs:Tensor, k:int, ball_size:int, ratio:int,
                        by_sum:bool, by_ball:bool, exclude_own:bool, max_occupied:int) -> Tensor:
@@ -487,7 +518,7 @@ def _compressed_select(q:Tensor, kc:Tensor, mk:Optional[Tensor], lse:Optional[Te
     if chosen.numel() == 0 or B == 0: return chosen
     if by_sum and lse is None: lse = _forward(q, kc, None, None if mk is None else (mk, mk), runs, max_occupied, values=False)[1]
     how = _setting("select", q)
-    if by_ball: how["BM"] = 16                                                 # few rows: rather more programs
+    if by_ball or triton.cdiv(max_occupied, how["BM"]) * H_kv * B < PROGRAMS // 2: how["BM"] = 16    # few rows: rather more programs
     how["BN"] = 64
     grid = (max(1, triton.cdiv(triton.cdiv(max_occupied, per), how["BM"])), H_kv, B)
     redo, cap = torch.empty(grid[0] * H_kv * B, dtype=torch.int32, device=q.device), max(64, next_power(2 * k))

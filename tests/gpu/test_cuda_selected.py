@@ -4,6 +4,7 @@ Run: `python -m pytest tests/gpu/test_cuda_selected.py -n 8`.
 """
 import pytest
 import torch
+from formats import cut
 
 from erwin_nsa.geometry.balltree import slot_layout
 from erwin_nsa.kernels import selected
@@ -61,22 +62,20 @@ def run(op, tensors, pull, rest, dtype):
     return [t.detach().double() for t in (out, *torch.autograd.grad(out, leaves, pull.to(dtype)))]
 
 
-def cut(t): # float32 rounded to the 10 bits of TF32
-    return ((t.view(torch.int32) + 4096) & -8192).view(torch.float32)
-
-
 def assert_within_budget(case, per, kind, dtype):
-    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient. In TF32: of the operator in float64 on inputs of that format, since torch uses TF32 as it sees fit."""
+    """Root mean square error at most 3 times that of the torch operator, for the output and every gradient. In TF32: of the operator in float64 on inputs of that format, since torch uses TF32 as it sees fit.
+    Gradients of an odd selection can cancel to nothing; rounding then shows at the size of the usual gradient."""
     tensors, pull, rest = make(case, per, kind)
     tensors, pull = [t.to(dtype).float() for t in tensors], pull.to(dtype).float()
     exact = run(selected_attention, tensors, pull, rest, torch.float64)
+    usual = exact if kind == "unique" else run(selected_attention, tensors, pull, make(case, per)[2], torch.float64)
     tf32, mine = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32, run(selected_attention_triton, tensors, pull, rest, dtype)
     plain = run(selected_attention, *(([cut(t) for t in tensors], cut(pull)) if tf32 else (tensors, pull)), rest, torch.float64 if tf32 else dtype)
     rms = lambda t: t.square().mean().sqrt().item()
     eps = 2 ** -11 if tf32 else torch.finfo(dtype).eps
-    for name, a, p, e in zip(("output", "dq", "dk", "dv"), mine, plain, exact):
-        floor = eps / 4 * max(rms(e), 0.1)
-        assert rms(a - e) <= 3 * rms(p - e) + floor, f"{name}: {rms(a - e):.2e}, torch {rms(p - e):.2e}, scale {rms(e):.2e}"
+    for name, a, p, e, u in zip(("output", "dq", "dk", "dv"), mine, plain, exact, usual):
+        allowed = 3 * rms(p - e) + eps / 4 * max(rms(e), rms(u), 0.1)
+        assert rms(a - e) <= allowed, f"{name}: {rms(a - e):.2e}, allowed {allowed:.2e}, torch {rms(p - e):.2e}, scale {rms(e):.2e}, usual {rms(u):.2e}"
 
 
 @cases
