@@ -6,11 +6,13 @@
 __all__ = ['BEAD_TYPES', 'LAYOUT', 'KINDS', 'FORMAT', 'FORMAT_VERSION', 'SEQ_LEN', 'PUBLISHED', 'NOISE_STD', 'SPLITS', 'Frames',
            'Chain', 'radius_of_gyration', 'write_chain', 'read_chain', 'write_chains', 'read_chains', 'read_about',
            'window_starts', 'ChainScale', 'window_features', 'advance', 'measure_scale', 'PositionNoise', 'bond_graph',
-           'ChainWindows', 'gaussian_head', 'nll_terms', 'gaussian_nll', 'acceleration_mse', 'physical_nll',
-           'ChainErrors', 'IntervalCheck', 'check_interval', 'read_names', 'open_published', 'validation_subset']
+           'ChainWindows', 'gaussian_head', 'nll_terms', 'gaussian_nll', 'chain_nll', 'acceleration_mse',
+           'physical_nll', 'ChainErrors', 'IntervalCheck', 'check_interval', 'read_names', 'open_published',
+           'validation_subset']
 
-# %% ../../nbs/data/07_polymers.ipynb #0ae228d9
+# %% ../../nbs/data/07_polymers.ipynb #fba9b33f
 import json, math, os, warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -366,7 +368,7 @@ class ChainWindows(torch.utils.data.Dataset):
         edges = self.bonds[c] if self.radius is None else radius_graph(torch.as_tensor(frames[-2]), self.radius).numpy()
         return CloudSample(geometry, velocity, target, f"{chain.name}:{start}", chain.kind, edges)
 
-# %% ../../nbs/data/07_polymers.ipynb #6fd985ce
+# %% ../../nbs/data/07_polymers.ipynb #d00beb2b
 def gaussian_head(
     raw:Tensor, # (N, 6) output of a model
     floor:float=1e-6, # smallest standard deviation [-]
@@ -392,6 +394,15 @@ def nll_terms(
 def gaussian_nll(mean:Tensor, std:Tensor, target:Tensor)->Tensor: # shapes as in `nll_terms`; scalar
     "Loss of the task: mean over beads and components."
     return nll_terms(mean, std, target).mean()
+
+def chain_nll(
+    model:Callable, # takes the batch, gives (N, 6) for `gaussian_head`
+    batch, # with `target` (N, 3) and, if it is padded, `weight` (N,)
+)->Tensor: # scalar
+    "Loss of a batch, mean over the components of its real beads; what `fit` takes as `loss=`."
+    mean, std = gaussian_head(model(batch))
+    terms, weight = nll_terms(mean, std, batch.target.to(mean.dtype)), getattr(batch, "weight", None)
+    return terms.mean() if weight is None else terms.mean(1).mul(weight).sum() / weight.sum()
 
 def acceleration_mse(mean:Tensor, target:Tensor)->Tensor: # (N, 3) each [-]; scalar [-]
     "Mean squared error of the predicted mean, over beads and components; the number of the paper's Table 2."

@@ -432,7 +432,7 @@ def describe(
     lines.append(f"  {'converted':<10} {state}")
     return "\n".join(lines)
 
-# %% ../../nbs/data/03_sources.ipynb #110b07ae
+# %% ../../nbs/data/03_sources.ipynb #a2f85968
 def _run(args): # exit status
     "Carry out one parsed command."
     try:
@@ -449,7 +449,8 @@ def _run(args): # exit status
     return 0
 
 def _actions(parser):
-    "Add get, verify, convert and describe to a parser."
+    "Add get, verify, convert, describe and generate to a parser."
+    from erwin_nsa.data import generate # only here: it imports every generator
     actions = parser.add_subparsers(dest="action", required=True)
     for action, says in dict(get="download, or go on with it", verify="compare files with their digests", convert="make the file that is read in training",
                              describe="say what a data set is").items():
@@ -458,6 +459,7 @@ def _actions(parser):
         p.add_argument("name", nargs="?" if action == "describe" else None, choices=names, metavar="NAME", help=", ".join(names))
         p.add_argument("--root", metavar="DIR", help="folder that holds the data sets (default: $ERWIN_NSA_DATA, or data)")
         p.set_defaults(run=_run)
+    generate.add_action(actions)
 
 def add_commands(
     subparsers, # what `ArgumentParser.add_subparsers` gave

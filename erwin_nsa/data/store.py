@@ -7,14 +7,14 @@ __all__ = ['FORMAT', 'FORMAT_VERSION', 'ATTRIBUTES', 'CloudSample', 'replacing',
            'surface_cloud', 'Prepared', 'Geometry', 'GeometryCache', 'PreparedClouds', 'join_trees', 'CloudBatch',
            'collate', 'BatchOrder', 'CloudLoader']
 
-# %% ../../nbs/data/05_store.ipynb #fc47c290
+# %% ../../nbs/data/05_store.ipynb #259c2ee9
 import hashlib, json, os, tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import h5py, numpy as np, torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 import erwin_nsa
 from .surfaces import Normalizer, SurfaceSample, open_format
-from ..geometry.balltree import BallTree, slot_layout
+from ..geometry.balltree import BallTree, map_tensors, slot_layout
 from ..geometry.neighbours import knn_graph, radius_graph
+from ..geometry.partitions import OF_BONDS, PARTITIONS, partition_tree
 from ..geometry.points import PointBatch, refuse
 
 # %% ../../nbs/data/05_store.ipynb #f38fc142
@@ -261,7 +262,7 @@ def surface_cloud(
     if normalizer is not None: pos, p = normalizer.encode_pos(pos), normalizer.encode_pressure(p)
     return CloudSample(pos, sample.normal, p, sample.name)
 
-# %% ../../nbs/data/05_store.ipynb #89776a9a
+# %% ../../nbs/data/05_store.ipynb #2307d741
 @dataclass(frozen=True, eq=False)
 class Prepared:
     "What is built from the positions of one cloud."
@@ -284,38 +285,58 @@ class Geometry:
     ball_sizes:Optional[tuple] = None # nested balls of the tree, as `config.ball_sizes`; None: no tree
     rotate:float = 45.0 # angle of the tree's second view [degrees], 0 none
     layout:str = "full" # layout of the tree, "full" or "erwin"
+    partition:str = "ball_tree" # what the tree is made by, a name in geometry.partitions.PARTITIONS
 
     def __post_init__(self):
         if self.k is not None and self.radius is not None: refuse(f"k={self.k} and radius={self.radius}", "one of them", "pass None for the other")
+        if self.partition not in PARTITIONS: refuse(f"partition={self.partition!r}", f"one of {', '.join(PARTITIONS)}", "choose one of them")
+        if self.partition == "ball_tree": return
+        if self.ball_sizes is None: refuse(f"partition={self.partition!r} without ball_sizes", "the sizes of the balls", "pass ball_sizes, or leave partition out")
+        if self.layout != "full": refuse(f"partition={self.partition!r} with layout={self.layout!r}", "layout='full'", "change one of them")
 
-    def __call__(self, pos)->Prepared: # pos: (n, D)
+    @property
+    def reads_bonds(self)->bool: return self.partition in OF_BONDS # whether the tree follows the edges of the data
+
+    def __call__(self,
+        pos, # (n, D)
+        bonds=None, # (2, E) edges of the data; read by partitions that follow them
+    )->Prepared:
         pos, graph = torch.as_tensor(pos), None
         if self.k is not None: graph = knn_graph(pos, self.k, loop=self.loop, box=self.box)
         elif self.radius is not None: graph = radius_graph(pos, self.radius, loop=self.loop, box=self.box)
-        tree = None if self.ball_sizes is None else BallTree.build(PointBatch.from_tensors(pos), self.ball_sizes, self.rotate, self.layout)
-        return Prepared(graph, tree)
+        return Prepared(graph, None if self.ball_sizes is None else self._tree(PointBatch.from_tensors(pos), bonds))
 
-# %% ../../nbs/data/05_store.ipynb #7b3fc919
+    def _tree(self, points, bonds):
+        if self.partition == "ball_tree": return BallTree.build(points, self.ball_sizes, self.rotate, self.layout)
+        if self.reads_bonds and bonds is None: refuse(f"partition={self.partition!r} for a cloud without bonds", "edge_index in the cloud", "choose a partition that follows positions")
+        options = dict(edge_index=torch.as_tensor(bonds)) if self.reads_bonds else {}
+        return partition_tree(points, self.partition, self.ball_sizes, self.rotate, **options)
+
+# %% ../../nbs/data/05_store.ipynb #df286659
 class GeometryCache:
-    "Graph and tree by content of the positions; the least recently used go first. One cache a process."
+    "Graph and tree by content of positions and bonds; the least recently used go first. One cache a process."
     def __init__(self,
-        build:Callable, # positions (n, D) -> Prepared, such as a Geometry
+        build:Callable, # positions (n, D), and bonds where it has `reads_bonds` -> Prepared, such as a Geometry
         max_bytes:int=2**30, # bytes of tensors to keep; 0 keeps nothing
         max_count:Optional[int]=None, # clouds to keep
     ):
         self.build, self.max_bytes, self.max_count = build, max_bytes, max_count
         self.kept, self.nbytes, self.hits, self.misses = OrderedDict(), 0, 0, 0
 
-    def __call__(self, pos:np.ndarray)->Prepared: # pos: (n, D)
-        pos = np.ascontiguousarray(pos)
-        if self.max_bytes == 0 or self.max_count == 0: return self.build(pos)
-        key = (pos.shape, pos.dtype.str, hashlib.blake2b(pos, digest_size=16).digest())
+    def __call__(self,
+        pos:np.ndarray, # (n, D)
+        bonds:Optional[np.ndarray]=None, # (2, E) edges of the data
+    )->Prepared:
+        given = [np.ascontiguousarray(pos)]
+        if getattr(self.build, "reads_bonds", False) and bonds is not None: given.append(np.ascontiguousarray(bonds))
+        if self.max_bytes == 0 or self.max_count == 0: return self.build(*given)
+        key = tuple((a.shape, a.dtype.str, hashlib.blake2b(a, digest_size=16).digest()) for a in given)
         if key in self.kept:
             self.hits += 1
             self.kept.move_to_end(key)
             return self.kept[key]
         self.misses += 1
-        made = self.kept[key] = self.build(pos)
+        made = self.kept[key] = self.build(*given)
         self.nbytes += made.nbytes
         while self.nbytes > self.max_bytes or (self.max_count is not None and len(self.kept) > self.max_count):
             self.nbytes -= self.kept.popitem(last=False)[1].nbytes
@@ -324,7 +345,7 @@ class GeometryCache:
     def __getstate__(self): return {**self.__dict__, "kept": OrderedDict(), "nbytes": 0, "hits": 0, "misses": 0}
     def __repr__(self): return f"GeometryCache({len(self.kept)} clouds, {self.nbytes / 1e6:.1f} MB, {self.hits} hits, {self.misses} misses)"
 
-# %% ../../nbs/data/05_store.ipynb #8bb69e11
+# %% ../../nbs/data/05_store.ipynb #c990aa68
 class PreparedClouds(Dataset):
     "Clouds, transformed and prepared; items are pairs (CloudSample, Prepared)."
     def __init__(self,
@@ -346,7 +367,7 @@ class PreparedClouds(Dataset):
         epoch, i = i if isinstance(i, tuple) else (0, i)
         cloud = self.clouds[i]
         if self.transform is not None: cloud = self.transform(cloud, np.random.default_rng([self.seed, epoch, i % len(self)]))
-        return cloud, self.cache(cloud.pos)
+        return cloud, self.cache(cloud.pos, cloud.edge_index)
 
 # %% ../../nbs/data/05_store.ipynb #428a56ec
 def join_trees(
@@ -363,12 +384,12 @@ def join_trees(
     moved = lambda key: torch.cat([getattr(t, key) + s for t, s in zip(trees, slot)], dim=-1)
     return BallTree(slots, layout, rotate, order, moved("inverse"), moved("perm"), moved("perm_inverse"))
 
-# %% ../../nbs/data/05_store.ipynb #3f0311ca
+# %% ../../nbs/data/05_store.ipynb #1a68c085
 def _tree_with(tree, f): # BallTree
     "The tree with `f` applied to its tensors, on a layout shared by all trees of that shape."
     parts = [f(getattr(tree, k)) for k in ("order", "inverse", "perm", "perm_inverse")]
     s = tree.slots
-    return BallTree(slot_layout(s.sizes, s.ball_sizes, tree.layout, parts[0].device), tree.layout, tree.rotate, *parts)
+    return BallTree(None if s is None else slot_layout(s.sizes, s.ball_sizes, tree.layout, parts[0].device), tree.layout, tree.rotate, *parts)
 
 @dataclass(frozen=True, eq=False)
 class CloudBatch:
@@ -380,11 +401,14 @@ class CloudBatch:
     tree:Optional[BallTree]
     constants:dict # name -> (B, ...) float64
     ids:tuple # (B,) names of the clouds
+    geometry:Any=None # what a model reads of points, graph and tree, once its `prepare` has made it
+    weight:Optional[Tensor]=None # (N,) 1 for real points, 0 for points that pad the batch; None: all are real
 
     def map(self, f:Callable)->"CloudBatch": # the same with f(tensor) for each tensor
         on, p = lambda t: None if t is None else f(t), self.points
         return CloudBatch(PointBatch(f(p.pos), p.sizes, on(p.x)), on(self.target), on(self.kind), on(self.edge_index),
-                          None if self.tree is None else _tree_with(self.tree, f), {k: f(v) for k, v in self.constants.items()}, self.ids)
+                          None if self.tree is None else _tree_with(self.tree, f), {k: f(v) for k, v in self.constants.items()}, self.ids,
+                          map_tensors(f, self.geometry), on(self.weight))
 
     def to(self, device, non_blocking:bool=False)->"CloudBatch": return self.map(lambda t: t.to(device, non_blocking=non_blocking))
     def pin_memory(self)->"CloudBatch": return self.map(lambda t: t.pin_memory()) # a DataLoader with pin_memory=True calls it
@@ -461,7 +485,7 @@ class BatchOrder(Sampler):
             refuse(f"state and order that differ, {', '.join(bad)}", "the order the state was saved from", "use its settings or start anew")
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
 
-# %% ../../nbs/data/05_store.ipynb #b222c70f
+# %% ../../nbs/data/05_store.ipynb #b19db679
 class CloudLoader:
     "Batches of an epoch, in order; a second pass is the next epoch, a pass after an interruption the rest of the current one."
     def __init__(self,
@@ -471,10 +495,11 @@ class CloudLoader:
         workers:int=0, # processes that read and prepare; 0: this one
         pin_memory:bool=False, # page-locked batches for fast copies to a GPU; without one it does nothing
         context:Optional[str]=None, # how workers start: 'fork', 'spawn', ... or None for the default
+        then:Optional[Callable]=None, # what this process makes of each batch before it reaches you
     ):
         if order.count != len(data):
             refuse(f"an order of {order.count} clouds for a data set of {len(data)}", "an order of that many clouds", "pass BatchOrder(len(data))")
-        self.order = order
+        self.order, self.then = order, then
         self.loader = DataLoader(data, batch_sampler=order, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0,
                                  pin_memory=pin_memory and torch.cuda.is_available(), multiprocessing_context=context if workers else None,
                                  generator=torch.Generator())
@@ -484,7 +509,7 @@ class CloudLoader:
     def __iter__(self):
         for batch in self.loader:
             self.order.advance(len(batch))
-            yield batch
+            yield batch if self.then is None else self.then(batch)
 
     def state_dict(self)->dict: return self.order.state_dict()
     def load_state_dict(self, state:dict): self.order.load_state_dict(state)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'TreePlan', 'full_plan', 'erwin_plan', 'order_keys', 'rotation_matrix', 'Slots', 'slot_layout', 'BallTree',
-           'build_tree', 'Balls', 'balls', 'tree_depth']
+           'build_tree', 'Balls', 'balls', 'tree_depth', 'map_tensors']
 
-# %% ../../nbs/geometry/01_balltree.ipynb #7b799beb
+# %% ../../nbs/geometry/01_balltree.ipynb #db61c608
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -407,3 +409,20 @@ def tree_depth(tree:BallTree) -> int: # deepest level that `balls` accepts
     s = tree.slots
     if tree.layout == "erwin": return max(max(s.occupied).bit_length() - 2, 0)
     return len(full_plan(s.sizes, s.ball_sizes).levels)
+
+# %% ../../nbs/geometry/01_balltree.ipynb #7acf02cd
+def map_tensors(
+    f:Callable[[Tensor], Any], # applied to every tensor, in a fixed order
+    tree:Any, # dataclasses, tuples, lists and dicts of tensors and anything else
+) -> Any: # the same structure
+    "Replace every tensor of a structure; a slot layout becomes None."
+    if isinstance(tree, Tensor): return f(tree)
+    if isinstance(tree, Slots): return None
+    if is_dataclass(tree):
+        new = object.__new__(type(tree))
+        for part in fields(tree): object.__setattr__(new, part.name, map_tensors(f, getattr(tree, part.name)))
+        return new
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"): return type(tree)(*(map_tensors(f, t) for t in tree))
+    if isinstance(tree, (tuple, list)): return type(tree)(map_tensors(f, t) for t in tree)
+    if isinstance(tree, dict): return {k: map_tensors(f, t) for k, t in tree.items()}
+    return tree

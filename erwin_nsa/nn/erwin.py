@@ -7,7 +7,7 @@ __all__ = ['ErwinConfig', 'as_published_erwin', 'coarse_slots', 'children', 'poo
            'level_frames', 'BallAttention', 'ErwinBlock', 'SlotBatchNorm', 'Pool', 'Unpool', 'Erwin', 'ErwinGeometry',
            'backbone', 'backbone_tree']
 
-# %% ../../nbs/nn/10_erwin.ipynb #bcf6c7af
+# %% ../../nbs/nn/10_erwin.ipynb #26d9c7fe
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..geometry.balltree import BallTree, Slots, _grow, _views, full_plan
-from ..geometry.points import PointBatch
+from ..geometry.partitions import OF_BONDS, PARTITIONS, partition_tree, shifted_order
+from ..geometry.points import PointBatch, refuse
 from .config import ErwinNSAConfig, given_config
 from .local import hide, local_attention
 from .model import ErwinNSA, Geometry, _checked_points, _graph, _init_linear
@@ -163,7 +164,7 @@ def pooled_positions(
     "Where the nodes of the next level are."
     return children(pos, mask, stride).sum(1) / mask.view(-1, stride).sum(1, keepdim=True).clamp(min=1)
 
-# %% ../../nbs/nn/10_erwin.ipynb #137bf421
+# %% ../../nbs/nn/10_erwin.ipynb #e5eab287
 @dataclass(frozen=True, eq=False)
 class ErwinTrees:
     "The ball trees of all levels, from the points (level 0) up; the nodes of a level are the items of its tree."
@@ -184,31 +185,59 @@ def _coarser(tree:BallTree, stride:int) -> BallTree: # main view of the next lev
     order = torch.zeros_like(every).index_put((taken,), every[:len(taken)])
     return BallTree(slots, tree.layout, 0.0, order, taken, every[None], every[None])
 
-def _with_rotated(
+# %% ../../nbs/nn/10_erwin.ipynb #13e07987
+def _second(
+    pos:Tensor,             # (N_l, D) positions of nodes, by slot
+    nodes:tuple[int, ...],  # (B,) how many
+    ball_size:int, # m
+    rotate:float,  # [degrees]
+    partition:str,
+) -> Tensor: # (N_l,) nodes in the order of the second view
+    if partition in OF_BONDS: return shifted_order(torch.arange(len(pos), device=pos.device), nodes, (ball_size,))
+    turned = _views(pos, rotate)[1:]
+    if partition == "ball_tree": return _grow(turned, nodes, full_plan(nodes, (ball_size,)))[0]
+    return PARTITIONS[partition](PointBatch(turned[0].T.contiguous(), nodes), (ball_size,))
+
+def _with_second(
     tree:BallTree, # main view
     pos:Tensor,    # (S_l, D) positions of its slots
     ball_size:int, # m
     rotate:float,  # [degrees]
+    partition:str,
 ) -> BallTree: # with a second view
     "Add the view that cuts the rotated cloud into balls of m."
-    taken, nodes = tree.slots.taken, tree.slots.occupied
-    turned = _grow(_views(pos[taken], rotate)[1:], nodes, full_plan(nodes, (ball_size,)))[0]
-    perm = tree.perm[0].index_put((taken,), taken[turned])
+    taken = tree.slots.taken
+    perm = tree.perm[0].index_put((taken,), taken[_second(pos[taken], tree.slots.occupied, ball_size, rotate, partition)])
     perm = torch.stack([tree.perm[0], perm])
     return replace(tree, rotate=rotate, perm=perm, perm_inverse=perm.argsort(dim=-1))
+
+# %% ../../nbs/nn/10_erwin.ipynb #9f39c344
+def _main(points:PointBatch, config:ErwinConfig, main:BallTree | None, partition:str) -> BallTree: # main view of level 0
+    if partition not in PARTITIONS: refuse(f"partition={partition!r}", f"one of {', '.join(PARTITIONS)}", "choose one of them; for an order of your own pass main=")
+    if partition != "ball_tree" and config.layout != "full": refuse(f"partition={partition!r} with layout={config.layout!r}", "layout='full'", "change one of them")
+    if main is None:
+        if partition == "ball_tree": return BallTree.build(points, config.tree_ball_sizes, 0.0, config.layout)
+        if partition in OF_BONDS:
+            refuse(f"partition={partition!r} without main", "a tree that knows the bonds", "pass main=partition_tree(points, ..., config.tree_ball_sizes, 0, edge_index=bonds)")
+        return partition_tree(points, partition, config.tree_ball_sizes, 0.0)
+    built, wanted = (main.slots.sizes, main.slots.ball_sizes, main.layout, main.rotate), (points.sizes, config.tree_ball_sizes, config.layout, 0.0)
+    if built != wanted: refuse(f"main with (points, ball sizes, layout, rotate) = {built}", f"{wanted}", "build it for these points with config.tree_ball_sizes and rotate=0")
+    return main
 
 def build_trees(
     points:PointBatch,
     config:ErwinConfig,
+    main:BallTree | None=None,  # main view of the points, with balls of config.tree_ball_sizes; None: built here
+    partition:str="ball_tree",  # of `geometry.partitions.PARTITIONS`: how main was made or is to be made, and how second views are
 ) -> ErwinTrees:
-    "Main and rotated views of every level."
-    tree, levels = BallTree.build(points, config.tree_ball_sizes, 0.0, config.layout), []
+    "Main and second views of every level."
+    tree, levels = _main(points, config, main, partition), []
     pos = tree.to_slots(points.pos.detach())
     for level, m in enumerate(config.ball_sizes):
         if level:
             q = config.strides[level - 1]
             tree, pos = _coarser(tree, q), pooled_positions(pos, tree.mask, q)
-        levels.append(_with_rotated(tree, pos, m, config.rotate) if config.rotate > 0 else tree)
+        levels.append(_with_second(tree, pos, m, config.rotate, partition) if config.rotate > 0 else tree)
     return ErwinTrees(tuple(levels), config.ball_sizes, config.strides)
 
 # %% ../../nbs/nn/10_erwin.ipynb #d4bebc0f

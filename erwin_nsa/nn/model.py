@@ -161,15 +161,20 @@ def _checked_points(x, pos, batch, tree, cfg, dtype) -> PointBatch:
                          "clouds. Leave batch out when you pass a tree.")
     return PointBatch(pos, tree.slots.sizes)
 
-# %% ../../nbs/nn/08_model.ipynb #072c0a57
+# %% ../../nbs/nn/08_model.ipynb #c079f41a
 def count_parameters(
     model:nn.Module,
 ) -> dict[str, int]: # part -> number of trainable and frozen parameters, "total" last
-    "Parameters by part: embedding, message passing, compression, other attention, SwiGLU, norms."
+    "Parameters by part: those of the backbone, and where there are any, of its pools, of a task's input and head, and of anything else."
     parts = {"embedding": 0, "message passing": 0, "compression phi": 0, "attention": 0, "SwiGLU": 0, "norms": 0}
     for name, p in model.named_parameters():
-        part = ("compression phi" if ".phi_" in name else "norms" if ".norm" in name and name.startswith("blocks") else
-                "attention" if ".attention." in name else "SwiGLU" if ".mlp." in name else
-                "message passing" if name.startswith("mpnn") else "embedding")
-        parts[part] += p.numel()
+        part = _part(name.removeprefix("backbone."))
+        parts[part] = parts.get(part, 0) + p.numel()
     return parts | {"total": sum(parts.values())}
+
+_PARTS = {"embed": "embedding", "mpnn": "message passing", "pools": "pooling", "unpools": "pooling", "input": "input", "head": "head"} # by first name
+
+def _part(name:str) -> str: # of a parameter, named as in a backbone or a task model
+    first = name.split(".")[0]
+    if first not in ("blocks", "encoder", "decoder"): return _PARTS.get(first, "other")
+    return next((part for sign, part in ((".phi_", "compression phi"), (".norm", "norms"), (".attention.", "attention"), (".mlp.", "SwiGLU")) if sign in name), "other")

@@ -249,7 +249,7 @@ class MPNNLayer(nn.Module):
         return StepParams(self.message.weight, self.message.bias, self.message_norm.weight, self.message_norm.bias,
                           self.update.weight, self.update.bias, self.update_norm.weight, self.update_norm.bias)
 
-# %% ../../nbs/nn/01_mpnn.ipynb #0d288330
+# %% ../../nbs/nn/01_mpnn.ipynb #ae52cd2c
 class MPNN(nn.Module):
     "Erwin's embedding: `steps` rounds of message passing, parameters not shared. Raises ValueError on bad input."
     def __init__(self,
@@ -278,8 +278,10 @@ class MPNN(nn.Module):
         _check_graph(h, pos, edge_index, self.c, self.dimensionality)
         impl = resolve_impl(self.impl, _runnable(h, pos))
         edges, degree = _prepare(edge_index, len(h), impl)
-        for layer in self.layers:
-            h = IMPLS[impl](h, pos, edges, layer.params, degree, self.geometry_grad, self.recompute)
+        return self.rounds(h, pos, edges, degree, impl)
+
+    def rounds(self, h:Tensor, pos:Tensor, edges:Tensor | EdgeLists, degree:Tensor | None, impl:str)->Tensor: # the part that can be compiled
+        for layer in self.layers: h = IMPLS[impl](h, pos, edges, layer.params, degree, self.geometry_grad, self.recompute)
         return h
 
     def extra_repr(self)->str: # shown by print(model)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['exchange', 'Frame', 'make_frames', 'NSAttention', 'SwiGLU', 'Block']
 
-# %% ../../nbs/nn/07_nsa.ipynb #ef748248
+# %% ../../nbs/nn/07_nsa.ipynb #11448a54
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..geometry.balltree import BallTree, Slots
 from .compressed import BallCompression, SelectionRule, Windows, ball_windows, compress_both, compressed_attention, select_balls
-from .config import ErwinNSAConfig
+from .config import BRANCHES, ErwinNSAConfig
 from .local import hide, local_attention
 from .selected import selected_attention
 
@@ -78,7 +78,7 @@ def make_frames(
         frames.append(Frame(tree.slots, mask, p, relative, *perms, windows))
     return tuple(frames)
 
-# %% ../../nbs/nn/07_nsa.ipynb #21dbb9a0
+# %% ../../nbs/nn/07_nsa.ipynb #e62745fd
 class NSAttention(nn.Module):
     "Native sparse attention over balls (paper section 4.1, Figure 1 right)."
     def __init__(self, config:ErwinNSAConfig):
@@ -86,10 +86,13 @@ class NSAttention(nn.Module):
         c, H, H_kv, d = config.c_hidden, config.num_heads, config.num_kv_heads, config.width
         self.config = config
         self.qkv = nn.Linear(c, (H + 2 * H_kv) * d, bias=False)
-        self.position = nn.Linear(config.dimensionality, c)
-        self.sigma = nn.Parameter(-1 + 0.01 * torch.randn(H), requires_grad=config.train_sigma)
-        self.phi_k, self.phi_v = (BallCompression(config.compressed_ball_size, d, config.phi) for _ in "kv")
-        self.memory = nn.Parameter(torch.zeros(2, H_kv, d)) if config.memory else None
+        on, phi = config.branches, lambda: BallCompression(config.compressed_ball_size, d, config.phi)
+        self.position = nn.Linear(config.dimensionality, c) if "local" in on else None
+        self.sigma = nn.Parameter(-1 + 0.01 * torch.randn(H), requires_grad=config.train_sigma) if "local" in on else None
+        self.phi_k = phi() if "compressed" in on or "selected" in on else None
+        self.phi_v = phi() if "compressed" in on else None
+        if "compressed" not in on and self.phi_k is not None: self.phi_k.requires_grad_(False)   # it only scores, and scores have no gradient
+        self.memory = nn.Parameter(torch.zeros(2, H_kv, d)) if config.memory and "compressed" in on else None
         self.norm = nn.RMSNorm(c) if config.mode == "reference" else nn.Identity()   # the published code normalises twice
         self.gate = nn.Linear(c, 3 * H)
         self.out = nn.Linear(H * d, c, bias=False)
@@ -107,7 +110,7 @@ class NSAttention(nn.Module):
         H, H_kv = self.config.num_heads, self.config.num_kv_heads
         return qkv.unflatten(1, (H + 2 * H_kv, -1)).split((H, H_kv, H_kv), dim=1)
 
-# %% ../../nbs/nn/07_nsa.ipynb #edbc9a72
+# %% ../../nbs/nn/07_nsa.ipynb #ba4dbb5f
 def _forward(self,
     x:Tensor,     # (S, c) normalised features in the order of the frame
     frame:Frame,
@@ -119,23 +122,27 @@ def _forward(self,
     x = self.norm(hide(x, mask))
     qkv, gates = F.linear(x, torch.cat([self.qkv.weight, self.gate.weight])).split((len(self.qkv.weight), len(self.gate.weight)), 1)
     q, k, v = self.heads(qkv)
-    kc, vc = compress_both(self.phi_k, self.phi_v, k, v, windows.table)
     memory = None if self.memory is None else (self.memory[0], self.memory[1])
-    compressed = compressed_attention(q, kc, vc, windows, memory, cfg.impl)
-
-    impl = "auto" if self.rule.published else cfg.impl                         # the published quirks exist in torch alone
-    indices = select_balls(q, kc, windows, self.rule, None if memory is None else memory[0], impl)
-    selected = selected_attention(q, k, v, indices, mask, cfg.compressed_ball_size, self.rule.published, impl)
-
-    shift = F.linear(frame.relative.to(x.dtype), self.qkv.weight @ self.position.weight, self.qkv.weight @ self.position.bias)
-    ql, kl, vl = self.heads(qkv + shift)
-    local = local_attention(ql, kl, vl, frame.pos, self.sigma, mask, cfg.local_ball_size, cfg.impl)
+    kc, vc, indices, ql, kl, vl, out = None, None, None, None, None, None, {}
+    if "compressed" in cfg.branches:
+        kc, vc = compress_both(self.phi_k, self.phi_v, k, v, windows.table)
+        out["compressed"] = compressed_attention(q, kc, vc, windows, memory, cfg.impl)
+    if "selected" in cfg.branches:
+        kc = self.phi_k(k, windows.table) if kc is None else kc
+        impl = "auto" if self.rule.published else cfg.impl                     # the published quirks exist in torch alone
+        indices = select_balls(q, kc, windows, self.rule, None if memory is None else memory[0], impl)
+        out["selected"] = selected_attention(q, k, v, indices, mask, cfg.compressed_ball_size, self.rule.published, impl)
+    if "local" in cfg.branches:
+        shift = F.linear(frame.relative.to(x.dtype), self.qkv.weight @ self.position.weight, self.qkv.weight @ self.position.bias)
+        ql, kl, vl = self.heads(qkv + shift)
+        out["local"] = local_attention(ql, kl, vl, frame.pos, self.sigma, mask, cfg.local_ball_size, cfg.impl)
 
     gates = (gates + self.gate.bias).sigmoid().view(len(x), 3, cfg.num_heads, 1)
-    mixed = gates[:, 0] * compressed + gates[:, 1] * selected + gates[:, 2] * local
+    terms = [gates[:, i] * out[name] for i, name in enumerate(BRANCHES) if name in out]
+    mixed = terms[0] if len(terms) == 1 else terms[0] + terms[1] if len(terms) == 2 else terms[0] + terms[1] + terms[2]
     if record is not None:
         record.update(q=q, k=k, v=v, kc=kc, vc=vc, memory=memory, windows=windows, indices=indices, q_local=ql, k_local=kl,
-                      v_local=vl, gates=gates[..., 0], compressed=compressed, selected=selected, local=local, frame=frame)
+                      v_local=vl, gates=gates[..., 0], frame=frame, **{name: out.get(name) for name in BRANCHES})
     return self.out(mixed.flatten(1))
 
 NSAttention.forward = _forward

@@ -5,23 +5,109 @@
 # %% auto #0
 __all__ = ['make_parser', 'main']
 
-# %% ../../nbs/train/03_cli.ipynb #4f55b423
+# %% ../../nbs/train/03_cli.ipynb #587098ef
 import argparse
+import os
 import sys
+from pathlib import Path
 
 from ..data import sources
 
-# %% ../../nbs/train/03_cli.ipynb #6fe4eb16
+# %% ../../nbs/train/03_cli.ipynb #bb2a0d4e
+_WORDS = """words (NAME=VALUE; several values with commas make several runs):
+  experiment=  shapenet_car, cosmology or molecular_dynamics
+  model=       erwin_nsa (default) or erwin
+  size=        smoke (default: seconds, committed samples), lease (whole models, generated data), paper (original data)
+  variant=     a named change, see --list
+  seed=        of weights and order, 0 by default
+  data=        generated, original, or a file or folder
+  batch_size=, validate=, save=, points=, train_clouds=, val_clouds=, test_clouds=, stream=, workers=
+  fit.FIELD=   a field of FitConfig, such as fit.steps=2000 fit.numbers=bf16
+  model.FIELD= a field of ErwinNSAConfig or ErwinConfig, such as model.num_selected_balls=8
+
+example:
+  erwin-nsa train experiment=cosmology model=erwin,erwin_nsa seed=0,1,2 fit.steps=50 --out runs --table runs.csv
+"""
+
+def _listing() -> str: # what --list prints
+    from erwin_nsa.train import experiments as x
+    lines = ["presets:"]
+    for name in x.EXPERIMENTS:
+        for size in x.SIZES:
+            for model in x.MODELS:
+                e = x.preset(name, model, size)
+                shape = f"depth {e.config.depth}" if model == "erwin_nsa" else f"{sum(e.config.enc_depths) + sum(e.config.dec_depths)} blocks"
+                lines.append(f"  experiment={name} model={model} size={size}: {e.fit.steps} steps of {e.batch_size}, {shape}, width {e.config.c_hidden}, data {e.data}")
+    lines.append("variants:")
+    for name, v in x.VARIANTS.items():
+        models = [m for m in x.MODELS if getattr(v, m) is not None]
+        lines.append(f"  variant={name}: {v.says} ({', '.join(models)})")
+    return "\n".join(lines)
+
+# %% ../../nbs/train/03_cli.ipynb #05bd1320
+def _accelerator(): # Accelerate's object under `accelerate launch` with several processes, else None
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2: return None
+    try: from accelerate import Accelerator
+    except ImportError as e: raise ImportError("several processes need Accelerate, which is not installed; run: pip install accelerate") from e
+    return Accelerator()
+
+def _train(args) -> int:
+    from erwin_nsa.train import experiments as x                    # only here: it imports every data set
+    if args.list:
+        print(_listing())
+        return 0
+    try:
+        if args.out is None: raise ValueError("given: no --out; needed: a folder for the runs; do: add --out runs")
+        runs, accelerator = x.runs_of(args.words), _accelerator()
+        for e in runs: x.find_data(e)
+        for e in runs:
+            folder = Path(args.out) / x.folder_name(e)
+            row = x.run_experiment(e, folder, args.resume, table=args.table, device=args.device, accelerator=accelerator, trackers=tuple(args.tracker), progress=not args.quiet)
+            if row is not None: print(x.summary(row))
+    except (OSError, ValueError, ImportError) as e: return _failed("train", e, 2)
+    except FloatingPointError as e: return _failed("train", e, 1)
+    return 0
+
+def _failed(word:str, error:Exception, status:int) -> int: # status
+    print(f"erwin-nsa {word}: {error}", file=sys.stderr)
+    return status
+
+def _table(args) -> int:
+    from erwin_nsa.train import results
+    try: rows = [r for table in args.tables for r in results.read_rows(table)]
+    except (OSError, ValueError) as e: return _failed("table", e, 2)
+    print(results.format_table(results.result_table(rows)))
+    print("paper: Table 2 of the paper, measured on the original data; rows that name other data stand beside it for orientation. ±: standard deviation over seeds.")
+    return 0
+
+# %% ../../nbs/train/03_cli.ipynb #589bc623
 def _bench(args) -> int:
     from erwin_nsa.kernels import bench                       # only here: it imports Triton
     bench.main(args.rows + ([] if args.out is None else ["--out", args.out]))
     return 0
 
+def _add_training(words) -> None:
+    p = words.add_parser("train", help="run an experiment of the paper, or a variant of one", description="Train, choose weights by validation, test them, add a row to a table.",
+                         epilog=_WORDS, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("words", nargs="*", metavar="NAME=VALUE", help="what to run, see below")
+    p.add_argument("--out", metavar="DIR", help="folder of the runs; each gets a folder of its own in it")
+    p.add_argument("--table", metavar="CSV", help="table to add the result to; the curves go beside it")
+    p.add_argument("--resume", action="store_true", help="go on with runs that were cut off, skip finished ones")
+    p.add_argument("--device", help="where to train, such as cpu or cuda:1; default: a CUDA device if there is one")
+    p.add_argument("--tracker", action="append", default=[], choices=("tensorboard", "wandb"), help="also log there, through Accelerate")
+    p.add_argument("--quiet", action="store_true", help="no progress bar")
+    p.add_argument("--list", action="store_true", help="print all presets and variants")
+    p.set_defaults(run=_train)
+    p = words.add_parser("table", help="print results beside the published numbers", description="Mean and spread over seeds, data and published numbers named in each row.")
+    p.add_argument("tables", nargs="+", metavar="CSV", help="tables made by erwin-nsa train --table")
+    p.set_defaults(run=_table)
+
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `erwin-nsa`, with all of its words."
-    parser = argparse.ArgumentParser(prog="erwin-nsa", description="Sparse attention on point clouds: data sets and benchmarks.")
+    parser = argparse.ArgumentParser(prog="erwin-nsa", description="Sparse attention on point clouds: data sets, experiments and benchmarks.")
     words = parser.add_subparsers(dest="word", required=True, metavar="COMMAND")
     sources.add_commands(words)
+    _add_training(words)
     bench = words.add_parser("bench", help="measure the kernels and training steps on this GPU")
     bench.add_argument("rows", nargs="*", metavar="ROW", help="rows to run; all by default")
     bench.add_argument("--out", help="folder for the result file; default: kernels/results")

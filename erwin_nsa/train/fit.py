@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['prepare', 'FitConfig', 'make_optimizer', 'fit', 'evaluate']
 
-# %% ../../nbs/train/01_fit.ipynb #fb92a875
+# %% ../../nbs/train/01_fit.ipynb #7cd44bff
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.surfaces import Normalizer, SurfaceSample
-from ..geometry.points import PointBatch
+from ..geometry.points import PointBatch, refuse
 from ..nn.config import ErwinNSAConfig
 from ..nn.tasks import SurfaceBatch, surface_batch
-from .checkpoint import CheckpointPlan, FitState, Keeper
-from .step import TrainStep, capturable_adamw, set_learning_rate, shared_shapes, to_device
+from .checkpoint import CheckpointPlan, FitState, Keeper, describe_model
+from .distributed import Ranks
+from .log import RunLog, Validation
+from .step import MOST_RECORDINGS, Average, Preparing, TrainStep, capturable_adamw, mean_square, nameless, set_learning_rate, shared_shapes, to_device
 
 # %% ../../nbs/train/01_fit.ipynb #9a57d5b4
 def prepare(
@@ -39,7 +43,7 @@ def prepare(
         batches.append(surface_batch(points, config, normal, target))
     return batches
 
-# %% ../../nbs/train/01_fit.ipynb #fe7f33f1
+# %% ../../nbs/train/01_fit.ipynb #23edb243
 @dataclass(frozen=True)
 class FitConfig:
     "How to train."
@@ -50,8 +54,17 @@ class FitConfig:
     weight_decay:float=0.01  # of weight matrices
     clip:float | None=1.0    # largest gradient norm; None: no clipping
     seed:int=0               # order of the batches
-    mode:str="auto"          # "eager", "compile", "graph"; "auto": graph on a CUDA device, else eager (`train.step`)
-    numbers:str="fp32"       # precision: "fp32", "tf32" or "bf16"
+    mode:str="auto"          # "eager", "compile", "graph"; "auto": on a CUDA device graph (compile for fp16 or several processes), else eager (`train.step`)
+    numbers:str="fp32"       # precision: "fp32", "tf32", "bf16" or "fp16"
+    accumulate:int=1         # batches a step, of each process
+    ema:float | None=None    # decay of the running mean of the weights; None: no mean
+    decay_all:bool=False     # weight decay on every parameter, as in the published runs
+
+    def __post_init__(self):
+        wrong = []
+        if not isinstance(self.accumulate, int) or self.accumulate < 1: wrong.append((f"accumulate={self.accumulate!r}", "an integer of at least 1"))
+        if self.ema is not None and not 0 <= self.ema < 1: wrong.append((f"ema={self.ema!r}", "a decay in [0, 1), or None"))
+        if wrong: refuse(" and ".join(g for g, _ in wrong), " and ".join(n for _, n in wrong), "change " + ("them" if len(wrong) > 1 else "it"))
 
     def learning_rate(self, step:int) -> float: # of a step, counted from 0
         if step < self.warmup: return self.lr * (step + 1) / self.warmup
@@ -59,54 +72,161 @@ class FitConfig:
         return self.lr_final + (self.lr - self.lr_final) * (1 + math.cos(math.pi * done)) / 2
 
 def make_optimizer(model:nn.Module, config:FitConfig) -> torch.optim.AdamW:
-    "AdamW; weight decay on matrices only."
+    "AdamW; weight decay on matrices only, or on everything."
     device = next(model.parameters()).device
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if p.ndim > 1], weight_decay=config.weight_decay),
-              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=0.0)]
+              dict(params=[p for p in trained if p.ndim <= 1], weight_decay=config.weight_decay if config.decay_all else 0.0)]
     return capturable_adamw(groups, config.lr, device)
 
-# %% ../../nbs/train/01_fit.ipynb #65e8cdfd
+# %% ../../nbs/train/01_fit.ipynb #79485f04
+class _Listed:
+    "Batches in memory."
+    def __init__(self, model, batches, train, state):
+        self.given, self.state, self.ranks = batches, state, train.ranks
+        self.ready = [to_device(nameless(b), train.device) for b in shared_shapes(model, batches, train.mode)]
+
+    def per_step(self, accumulate): return accumulate * self.ranks.world # batches
+
+    def draw(self, count): # numbers, batches
+        numbers = []
+        for _ in range(count * self.ranks.world):
+            self.state.queue = self.state.queue or torch.randperm(len(self.ready), generator=self.state.order).tolist()
+            numbers.append(self.state.queue.pop())
+        numbers = numbers[self.ranks.rank::self.ranks.world]
+        return numbers, [self.ready[i] for i in numbers]
+
+    def say(self, i): # in an error
+        ids = getattr(self.given[i], "ids", ())
+        return f"batch {i} ({getattr(self.ready[i], 'points', 'no points')})" + (f", clouds {', '.join(ids)}" if ids else "")
+
+class _Streamed:
+    "Batches of a loader, one pass after the other."
+    def __init__(self, model, loader, train, state):
+        order = loader.order
+        if (order.rank, order.world) != (train.ranks.rank, train.ranks.world):
+            refuse(f"a loader of rank {order.rank} of {order.world}", f"rank {train.ranks.rank} of {train.ranks.world}",
+                   "pass rank=accelerator.process_index, world=accelerator.num_processes to BatchOrder")
+        state.stream = self.loader = loader
+        sizes = {*map(int, getattr(getattr(loader.loader.dataset, "clouds", None), "sizes", ()))}
+        many = len(sizes) > (1 if order.batch_size > 1 else MOST_RECORDINGS)
+        self.prepare, self.rest = Preparing(model, train.mode, many), iter(())
+
+    def per_step(self, accumulate): return accumulate * self.loader.order.world * self.loader.order.batch_size # clouds
+
+    def draw(self, count): # names of clouds, batches
+        drawn = [self._next() for _ in range(count)]
+        return [list(b.ids) for b in drawn], [self.prepare(b) for b in drawn]
+
+    def _next(self):
+        for _ in range(2):
+            if (batch := next(self.rest, None)) is not None: return batch
+            self.rest = iter(self.loader)
+        return next(self.rest)
+
+    def say(self, names): return f"clouds {', '.join(names)}"
+
+# %% ../../nbs/train/01_fit.ipynb #4edd37b2
+@dataclass(eq=False)
+class _Run:
+    "The parts of a training, and what they do to each other."
+    model:nn.Module
+    config:FitConfig
+    train:TrainStep
+    state:FitState
+    source:Any # _Listed or _Streamed
+    keeper:Keeper
+    log:RunLog
+    on_step:Callable | None
+    validation:Validation | None
+    running:deque=field(default_factory=deque) # steps whose loss nobody has looked at
+
+    def step(self, step, bar):
+        lr = self.config.learning_rate(step)
+        set_learning_rate(self.train.optimizer, lr)
+        names, batches = self.source.draw(self.config.accumulate)
+        self.train.stop = self.keeper.asked
+        self.running.append((step, lr, names, self.train(*batches), self.train.losses, self.train.stops))
+        if len(self.running) > self.train.ahead: self.look(bar)
+        if self.state.average is not None: self.state.average.update(step)
+        self.state.step = step + 1
+
+    def look(self, bar): # at the oldest loss; on a GPU a later step is running by now
+        step, lr, names, loss, parts, stops = self.running.popleft()
+        self.state.losses.append(loss.item())
+        if stops is not None and stops.item(): self.keeper.agreed = True
+        if not math.isfinite(self.state.losses[-1]): self.fail(step, names, parts)
+        bar.set_postfix(loss=f"{self.state.losses[-1]:.4f}", refresh=False)
+        self.log.step(step + 1, self.state.losses[-1], lr)
+        if self.on_step is not None: self.on_step(step, self.state.losses[-1])
+
+    def catch_up(self, bar):
+        while self.running: self.look(bar)
+
+# %% ../../nbs/train/01_fit.ipynb #d519ab1e
+def _fail(self, step, names, parts): # names and losses of the batches of a step; all ranks come here together
+    bad = [name for name, loss in zip(names, parts) if not loss.isfinite()]
+    said, bad = self.train.ranks.gather([self.source.say(name) for name in bad]), sum(self.train.ranks.gather(bad), [])
+    raise FloatingPointError(f"loss is {self.state.losses[-1]} at step {step}, {'; '.join(sum(said, []))}; needed: a finite loss. "
+                             "Lower lr, or look at this batch's features and targets. A step with such a loss changes no parameter."
+                             + self.keeper.save_nonfinite(step, bad[0] if len(bad) == 1 else bad, self.state.losses[-1]))
+
+def _validate(self, bar):
+    if self.validation is None or self.keeper.stop or not self.validation.due(self.state.step, self.config.steps, self.state.history): return
+    self.catch_up(bar)
+    with self.log.resting(), nullcontext() if self.state.average is None else self.state.average.shown(), torch.no_grad():
+        measured = self.validation(self.model.eval())
+        self.state.history.append(dict(step=self.state.step, **measured))
+        self.keeper.save_best(measured, self.validation.key)
+    self.model.train()
+    self.log.add(self.state.step, measured)
+
+def _save(self, bar):
+    if not self.keeper.due(): return
+    self.catch_up(bar)
+    self.log.flush()
+    with self.log.resting(): self.keeper.save()
+
+_Run.fail, _Run.validate, _Run.save = _fail, _validate, _save
+
+# %% ../../nbs/train/01_fit.ipynb #16e7cacf
 def fit(
-    model:nn.Module,                  # takes a SurfaceBatch, gives (N,) predictions
-    batches:Sequence[SurfaceBatch],   # training batches with targets
+    model:nn.Module,                  # takes a batch, gives (N, ...) predictions
+    batches:Any,                      # training batches with targets: a sequence, or a `CloudLoader`
     config:FitConfig,
-    on_step:Callable[[int, float], None] | None=None, # called after each step with the step and its loss
+    on_step:Callable[[int, float], None] | None=None, # called after each step with the step and its loss, in every process
     progress:bool=True,               # show a progress bar
     *,
     checkpoint:CheckpointPlan | None=None, # save by this plan, and on SIGTERM, which then ends the training with `Stopped`
     resume:bool=False,                # go on from the newest whole checkpoint of the plan's folder; from step 0 if there is none
-) -> list[float]: # mean squared error of every step, normalised [-]
+    loss:Callable[[nn.Module, Any], Tensor]=mean_square, # of the model and a batch: a mean over its points
+    validation:Validation | None=None, # measure now and then, and keep the best weights beside the checkpoints
+    log:RunLog | None=None,           # keep the curve in a file
+    accelerator:Any=None,             # `accelerate.Accelerator`: train with all of its processes
+) -> list[float]: # loss of every step before it, over the points of all of its batches
     "Train in place; raises `FloatingPointError` when a loss is not finite."
     if not batches: raise ValueError("batches is empty; needed: at least one training batch.")
-    optimizer, state = make_optimizer(model, config), FitState(torch.Generator().manual_seed(config.seed))
-    train = TrainStep(model, optimizer, clip=config.clip, mode=config.mode, numbers=config.numbers)
-    given, batches = batches, [to_device(b, train.device) for b in shared_shapes(model, batches, train.mode)]
-    keeper, running = Keeper(checkpoint, model, optimizer, state, config), deque()
-    keeper.open(given, resume)
-    model.train()
-
-    def look(bar):                                            # at the oldest loss; on a GPU a later step is running by now
-        step, chosen, loss = running.popleft()
-        state.losses.append(loss.item())
-        if not math.isfinite(state.losses[-1]):
-            raise FloatingPointError(f"loss is {state.losses[-1]} at step {step}, batch {chosen} ({batches[chosen].points}); needed: a finite loss. "
-                                     "Lower lr, or look at this batch's features and targets. A step with such a loss changes no parameter."
-                                     + keeper.save_nonfinite(step, chosen, state.losses[-1]))
-        bar.set_postfix(mse=f"{state.losses[-1]:.4f}", refresh=False)
-        if on_step is not None: on_step(step, state.losses[-1])
-
-    with keeper:
-        for step in (bar := tqdm(range(state.step, config.steps), initial=state.step, total=config.steps, disable=not progress, desc=type(model).__name__, unit="step")):
-            state.queue = state.queue or torch.randperm(len(batches), generator=state.order).tolist()
-            set_learning_rate(optimizer, config.learning_rate(step))
-            running.append((step, chosen := state.queue.pop(), train(batches[chosen])))
-            if len(running) > train.ahead: look(bar)
-            state.step = step + 1
-            if keeper.due():
-                while running: look(bar)
-                keeper.save()
-        while running: look(bar)
+    ranks, log = Ranks(accelerator, config.numbers), log or RunLog()
+    if accelerator is not None: model.to(accelerator.device)
+    ranks.same_weights(model)
+    train = TrainStep(model, make_optimizer(model, config), loss, config.clip, config.mode, config.numbers, ranks)
+    state = FitState(torch.Generator().manual_seed(config.seed), average=None if config.ema is None else Average(model, config.ema), scaler=train.scaler)
+    source = (_Streamed if hasattr(batches, "state_dict") else _Listed)(model, batches, train, state)
+    state.per_step = source.per_step(config.accumulate)
+    keeper = Keeper(checkpoint, model, train.optimizer, state, config, ranks)
+    keeper.open(batches, resume)
+    log.open(state.step, resume, {**describe_model(model), **asdict(config)}, ranks.main)
+    run = _Run(model.train(), config, train, state, source, keeper, log, on_step, validation)
+    with log, keeper:
+        bar = tqdm(range(state.step, config.steps), initial=state.step, total=config.steps, disable=not (progress and ranks.main),
+                   desc=type(model).__name__, unit="step")
+        run.validate(bar)                                     # a training that was stopped before it could
+        for step in bar:
+            run.step(step, bar)
+            run.validate(bar)
+            run.save(bar)
+        run.catch_up(bar)
+    if state.average is not None: state.average.put()
     return state.losses
 
 # %% ../../nbs/train/01_fit.ipynb #b3040051
