@@ -14,12 +14,12 @@ override ERWIN_NSA_DATA := $(shell cd "$(ERWIN_NSA_DATA)" 2>/dev/null && pwd || 
 export ERWIN_NSA_DATA
 endif
 
-.PHONY: help env demo test lab docs readme hooks clean
+.PHONY: help env demo test test-browser lab docs readme hooks clean
 .DEFAULT_GOAL := help
 
 help: ## List the targets (instant)
 	@echo "make TARGET, where TARGET is one of"
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-12s %s\n", $$1, $$2}' Makefile
 
 env: $(READY) ## Make the environment in .venv (1 to 10 minutes the first time, mostly the download of torch; then instant)
 	@echo "env: $(VENV) is ready. Use it with: source $(BIN)/activate"
@@ -39,6 +39,11 @@ test: env ## Check that exports are current, run every notebook, then pytest (5 
 	@echo "test: exports, notebooks, pytest; usually 5 to 10 minutes on two cores"
 	@$(BIN)/python .ci/test.py
 
+test-browser: ## Run the explorers in Chromium and JupyterLab (2 minutes; needs chromium or google-chrome on PATH, else the tests are skipped)
+	@$(MAKE) --no-print-directory env EXTRA=$(EXTRA),browser
+	@echo "test-browser: pages and notebooks in a headless browser, usually 2 minutes on two cores"
+	@$(BIN)/python -m pytest tests/browser
+
 lab: env ## Open the tour in JupyterLab: this machine only, token on (10 seconds to start; Ctrl-C twice ends it)
 	@echo "lab: starting JupyterLab on nbs/tour.ipynb, usually 10 seconds; press Ctrl-C twice to end it"
 	@mkdir -p $(VENV)/share/jupyter/lab/settings
@@ -47,17 +52,17 @@ lab: env ## Open the tour in JupyterLab: this machine only, token on (10 seconds
 	  --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
 	  --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/nbs/tour.ipynb
 
-docs: env ## Build the site with Quarto, or check its pages where Quarto is missing (2 minutes; the check takes 1)
+docs: env ## Build the site with Quarto, or check its pages where Quarto is missing (20 to 40 minutes; the check takes 1)
 	@if command -v quarto >/dev/null 2>&1; then \
-	  echo "docs: building the site into _docs with $$(command -v quarto), usually 2 minutes"; \
-	  PATH="$(CURDIR)/$(BIN):$$PATH" PYTHONPATH=. nbdev_docs; \
+	  echo "docs: running every notebook, then building the site into _docs with $$(command -v quarto), usually 20 to 40 minutes"; \
+	  $(BIN)/python .ci/publish.py; \
 	else \
 	  echo "docs: no quarto on PATH, so the site is not built; checking its pages instead, usually 1 minute"; \
 	  $(BIN)/python .ci/docs.py; \
 	fi
 
-readme: env ## Write README.md from nbs/index.ipynb (5 seconds)
-	@echo "readme: writing README.md from nbs/index.ipynb, usually 5 seconds"
+readme: env ## Write README.md, CONTRIBUTING.md and llms.txt from the notebooks (5 seconds)
+	@echo "readme: writing README.md, CONTRIBUTING.md and llms.txt from the notebooks, usually 5 seconds"
 	@$(BIN)/python .ci/readme.py
 
 hooks: env ## Make git merge notebooks cell by cell and refuse unclean ones, in this clone only (5 seconds)

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("settings.ini", "pyproject.toml", "README.md", "_quarto.yml", "nbs", "erwin_nsa", "kernels", ".ci")
+COPIED = ("settings.ini", "pyproject.toml", "README.md", "CONTRIBUTING.md", "_quarto.yml", "nbs", "erwin_nsa", "kernels", ".ci")
 BY_HAND = {"kernels/__init__.py"}
 
 
@@ -65,10 +65,10 @@ def notebooks_clean(root:Path=ROOT) -> list: # complaints
 
 
 def readme_current(root:Path=ROOT) -> list: # complaints
-    "README.md is what nbs/index.ipynb says now."
-    from readme import readme_text
-    same = (root / "README.md").is_file() and (root / "README.md").read_text(encoding="utf-8") == readme_text(root / "nbs/index.ipynb")
-    return [] if same else ["README.md: differs from nbs/index.ipynb; run make readme"]
+    "README.md, CONTRIBUTING.md and llms.txt are what the notebooks say now."
+    from readme import texts
+    return [f"{name}: differs from the notebooks; run make readme" for name, text in texts(root).items()
+            if not (root / name).is_file() or (root / name).read_text(encoding="utf-8") != text]
 
 
 CHECKS = {"exports-current": exports_current, "notebooks-clean": notebooks_clean, "readme-current": readme_current}

@@ -9,6 +9,7 @@ from torch import nn
 
 from erwin_nsa.geometry.balltree import BallTree, rotation_matrix
 from erwin_nsa.geometry.neighbours import knn_graph, radius_graph
+from erwin_nsa.geometry.partitions import OF_BONDS, PARTITIONS, partition_tree, shifted_order
 from erwin_nsa.geometry.points import PointBatch
 from erwin_nsa.nn.config import ErwinNSAConfig
 from erwin_nsa.nn.erwin import (BallAttention, Erwin, ErwinBlock, ErwinConfig, ErwinGeometry, Pool, SlotBatchNorm, Unpool,
@@ -314,6 +315,70 @@ def test_the_published_layout_pools_copies():
     assert all(t.mask.all() for t in trees.levels)
     assert len(ball_sets(trees.points, 2, 0)) == 96 and max(map(len, ball_sets(trees.points, 2, 0))) == 2
     for tree, m in zip(trees.levels, config.ball_sizes): assert ball_sets(tree, m, 1) != ball_sets(tree, m, 0)
+
+
+def chains(sizes=(90, 1, 33)):
+    """Points, and bonds along each cloud."""
+    _, pos, batch, _ = make_data(sizes)
+    rows = torch.arange(len(pos) - 1)
+    rows = rows[batch[:-1] == batch[1:]]
+    return PointBatch.from_tensors(pos, batch), torch.stack([rows, rows + 1])
+
+
+def main_view(points, bonds, config, partition):
+    return partition_tree(points, partition, config.tree_ball_sizes, 0, **dict(edge_index=bonds) if partition in OF_BONDS else {})
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_trees_start_from_any_partition(partition):
+    """Level 0 is the partition; runs of it become the next level, whose balls nest; second views are made as the first is."""
+    config, (points, bonds) = ErwinConfig(**SMALL), chains()
+    main = main_view(points, bonds, config, partition)
+    trees = build_trees(points, config, main, partition)
+    assert torch.equal(trees.points.points_of(), main.points_of())
+    if partition not in OF_BONDS:
+        for a, b in zip(trees.levels, build_trees(points, config, partition=partition).levels): assert torch.equal(a.perm, b.perm)
+    nodes, R = points.pos, torch.from_numpy(rotation_matrix(45.0, 3))
+    for level, (tree, m) in enumerate(zip(trees.levels, config.ball_sizes)):
+        fresh = PointBatch(nodes @ R, tree.slots.occupied)
+        second = tree.points_of(1)[tree.mask]
+        if partition in OF_BONDS: assert torch.equal(second, shifted_order(tree.points_of(0)[tree.mask], tree.slots.occupied, (m,)))
+        else: assert ball_sets(tree, m, 1) == ball_sets(partition_tree(fresh, partition, (m,), 0), m, 0)
+        assert torch.equal(tree.perm[1][tree.perm_inverse[1]], torch.arange(len(tree.slots))) and torch.equal(tree.mask[tree.perm[1]], tree.mask)
+        if level < 2: nodes = pooled_positions(tree.to_slots(nodes), tree.mask, config.strides[level])[trees.levels[level + 1].mask]
+
+
+def test_the_default_trees_are_the_ball_tree():
+    config, (points, bonds) = ErwinConfig(**SMALL), chains()
+    default = build_trees(points, config)
+    for trees in (build_trees(points, config, partition="ball_tree"), build_trees(points, config, main_view(points, bonds, config, "ball_tree"))):
+        for a, b in zip(trees.levels, default.levels):
+            for key in ("order", "inverse", "perm", "perm_inverse"): assert torch.equal(getattr(a, key), getattr(b, key))
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_model_runs_on_every_partition(partition):
+    """A cloud alone has the features it has in a batch, and every parameter has a gradient."""
+    model, (points, bonds), (x, _, batch, edges) = make_model(), chains(), make_data((90, 1, 33))
+    trees = build_trees(points, model.config, main_view(points, bonds, model.config, partition), partition)
+    y = model(x, points.pos, batch, edges, tree=trees)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    alone, own = PointBatch.from_tensors(points.pos[91:]), bonds[:, bonds[0] >= 91] - 91
+    trees = build_trees(alone, model.config, main_view(alone, own, model.config, partition), partition)
+    assert close(model(x[91:], alone.pos, None, edges[:, edges[1] >= 91] - 91, tree=trees), y[91:])
+    assert torch.equal(y, model(x, points.pos, batch, edges)) == (partition == "ball_tree")
+
+
+@pytest.mark.parametrize("change, says", [(dict(partition="hilberd"), "one of ball_tree, hilbert"), (dict(partition="segments"), "a tree that knows the bonds"),
+                                          (dict(main=(16, 0)), "config.tree_ball_sizes"), (dict(main=(None, 45)), "rotate=0"), (dict(layout="erwin", partition="morton"), "layout='full'")])
+def test_partitions_that_do_not_fit_are_refused(change, says):
+    change, (points, _) = dict(change), chains()
+    config = ErwinConfig(**{**SMALL, "layout": change.pop("layout", "full")})
+    if "main" in change:
+        sizes, rotate = change["main"]
+        change["main"] = partition_tree(points, "hilbert", config.tree_ball_sizes if sizes is None else (sizes,), rotate)
+    with pytest.raises(ValueError, match=says): build_trees(points, config, **change)
 
 
 def test_positions_of_nodes():

@@ -1,5 +1,7 @@
 """Experiments end to end: presets against the printed tables, words, data that stay apart, runs that are killed, tables that two processes write."""
+import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -17,13 +19,16 @@ from erwin_nsa.data.cosmology import HaloScale
 from erwin_nsa.data.generate import RECIPES, find_recipe, generate
 from erwin_nsa.data.store import CloudSample, CloudStore, write_clouds
 from erwin_nsa.data.surfaces import Normalizer
+from erwin_nsa.geometry.partitions import OF_BONDS, PARTITIONS, partition_tree
 from erwin_nsa.nn.config import BRANCHES, ErwinNSAConfig
+from erwin_nsa.nn.erwin import build_trees
 from erwin_nsa.nn.model import ErwinNSA
 from erwin_nsa.train import results
 from erwin_nsa.train.cli import main
-from erwin_nsa.train.experiments import (EXPERIMENTS, MODELS, VARIANTS, Experiment, batches_of, changes_of, find_data, folder_name, make_model, open_parts,
-                                         preset, run_experiment, runs_of, words_of)
+from erwin_nsa.train.experiments import (EXPERIMENTS, MODELS, VARIANTS, Experiment, Measure, batches_of, changes_of, find_data, folder_name, make_model, open_parts,
+                                         own_trees, preset, ready_batches, run_experiment, runs_of, times_of, training_batches, words_of)
 from erwin_nsa.train.log import read_log
+from erwin_nsa.train.step import Preparing
 
 ROOT = Path(__file__).resolve().parents[1]
 ENV = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -141,7 +146,9 @@ def test_commas_make_several_runs():
     ("experiment=cosmology batchsize=3", "did you mean batch_size"), ("experiment=cosmology fit.steps=3.5", "type int"), ("experiment=cosmology model.memory=yes", "type bool"),
     ("experiment=cosmology train.lr=1", "fit.FIELD"), ("experiment=cosmology seed=a", "type int"), ("experiment=cosmology model.num_heads=0", "num_heads is 0"),
     ("experiment=cosmology model=erwin variant=no_selected", "of erwin"), ("seed=1", "experiment=NAME"), ("experiment=cosmology depth", "name=value"),
-    ("experiment=molecular_dynamics points=64", "whole chains")])
+    ("experiment=molecular_dynamics points=64", "whole chains"), ("experiment=cosmology partition=hilbrt", "did you mean 'hilbert'"),
+    *((f"experiment={name} model={model} partition={p}", "clouds with bonds, as in molecular_dynamics") for name, model in CASES[:4] for p in OF_BONDS),
+    *((f"experiment=cosmology model={model} variant=published partition=hilbert", "model.layout=full") for model in MODELS)])
 def test_wrong_words_are_refused_with_what_to_do(words, says):
     with pytest.raises(ValueError) as error: runs_of(words.split())
     assert says in str(error.value)
@@ -153,6 +160,58 @@ def test_data_that_are_missing_are_refused_with_the_steps(tmp_path, monkeypatch)
         with pytest.raises(FileNotFoundError, match="To do it by hand"): find_data(preset(name, size="paper"))
         with pytest.raises(FileNotFoundError, match="erwin-nsa data generate"): find_data(preset(name, size="lease"))
     with pytest.raises(FileNotFoundError, match="expected a file, or a folder"): find_data(replace(preset("cosmology"), data=str(tmp_path)))
+
+
+# partitions
+
+def test_partition_is_a_word_and_the_ball_tree_the_default():
+    runs = runs_of("experiment=molecular_dynamics model=erwin,erwin_nsa partition=ball_tree,segments".split())
+    assert [(e.model, e.partition) for e in runs] == [(m, p) for m in ("erwin", "erwin_nsa") for p in ("ball_tree", "segments")]
+    assert len({folder_name(e) for e in runs}) == 4 and all(runs_of(words_of(e)) == [e] for e in runs)
+    assert runs[0] == preset("molecular_dynamics", "erwin") and changes_of(runs[1]) == ["partition=segments"]
+    old = runs[0].to_dict()
+    del old["partition"]                                       # as it was written before there was a choice
+    assert Experiment.from_dict(old) == runs[0]
+
+
+def wanted_order(e, batch):
+    "(S,) point of each slot and (V, S) views of the first level, by the partition itself."
+    how, c = (dict(edge_index=batch.edge_index) if e.partition in OF_BONDS else {}), e.config
+    if e.model == "erwin_nsa": tree = partition_tree(batch.points, e.partition, c.ball_sizes, c.rotate, **how)
+    else: tree = build_trees(batch.points, c, partition_tree(batch.points, e.partition, c.tree_ball_sizes, 0, **how), e.partition).points
+    return [tree.points_of(v) for v in (0, 1)]
+
+
+def shown_order(geometry):
+    frames = geometry.frames
+    back = [torch.arange(len(geometry.order)), *(f.perm for f in frames[1:])]
+    return [geometry.order[view].masked_fill(~frames[0].mask, -1) for view in back]
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("name, partition", [("cosmology", "hilbert"), ("cosmology", "balanced_kmeans"), ("shapenet_car", "morton"), ("molecular_dynamics", "segments"),
+                                             ("molecular_dynamics", "graph_clusters"), ("molecular_dynamics", "ball_tree")])
+def test_every_way_to_the_model_has_the_partition(name, partition, model):
+    "Kept batches, streamed batches and those of a large test: the same geometry, and it is the one asked for."
+    e, = runs_of(f"experiment={name} model={model} partition={partition} train_clouds=2 val_clouds=2 batch_size=2".split())
+    parts, net = open_parts(e), make_model(e)
+    raw = batches_of(e, parts.val)[0]
+    kept, = ready_batches(e, parts, "val", net)
+    stream = training_batches(replace(e, stream=True), replace(parts, train=parts.val), net)
+    stream.order.shuffle = False
+    streamed, = map(Preparing(net, "eager"), stream)
+    large, = Measure(e, parts, "val", keep=0).batches(net)
+    for batch in (kept, streamed, large):
+        for mine, wanted in zip(shown_order(batch.geometry), wanted_order(e, raw)): assert torch.equal(mine, wanted)
+        assert torch.equal(net(batch), net(kept))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_with_a_partition(model, tmp_path):
+    e, = runs_of(f"experiment=molecular_dynamics model={model} partition=segments fit.steps=3 validate=3".split())
+    rows = [run_experiment(replace(e, stream=stream), tmp_path / str(stream), device="cpu", progress=False) for stream in (False, True)]
+    assert [r.variant for r in rows] == ["default partition=segments"] * 2 and json.loads(rows[0].config)["partition"] == "segments"
+    assert np.isfinite([r.test_mse for r in rows]).all() and runs_of(rows[0].command.split()[2:]) == [e]
 
 
 # data
@@ -221,6 +280,20 @@ def test_smoke_run(name, model, tmp_path):
     assert runs_of(row.command.split()[2:]) == [e] == [Experiment.from_dict(json.loads(row.config))]
     assert json.loads(row.parts)["total"] == row.parameters == sum(p.numel() for p in make_model(e).parameters())
     assert {"torch", "erwin_nsa", "python"} <= set(json.loads(row.versions))
+    assert 0 < row.forward_ms < row.step_ms and row.prepare_ms > 0 and row.load_ms > 0
+
+
+def test_timing_leaves_the_model_as_it_was(monkeypatch):
+    e = preset("cosmology", "erwin", variant="published")      # with the running means of a batch norm
+    parts, net = open_parts(e), make_model(e)
+    before, state = {k: v.clone() for k, v in net.state_dict().items()}, torch.get_rng_state()
+    assert set(times_of(e, parts, net.eval(), repeats=1)) == {"forward_ms", "step_ms", "prepare_ms", "load_ms"} and not net.training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    def full(*_): raise torch.OutOfMemoryError("no memory")
+    monkeypatch.setattr(type(net), "forward", full)
+    found = times_of(e, parts, net, repeats=1)
+    assert found["forward_ms"] is found["step_ms"] is None and found["prepare_ms"] > 0
 
 
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path):
@@ -240,9 +313,9 @@ def test_a_killed_run_goes_on_to_the_last_bit(tmp_path):
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and log("cut") is not None
     assert 20 < len(read_log(log("cut"))) < 120 and not (tmp_path / "cut.csv").exists()
-    for _ in range(2):                                        # the second time there is nothing left to do
-        done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
-        assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert main(["train", *command[3:]]) == 0                 # the second time there is nothing left to do
     assert main(["train", *words, "--out", str(tmp_path / "whole"), "--table", str(tmp_path / "whole.csv")]) == 0
     cut, whole = read_log(log("cut")), read_log(log("whole"))
     assert [(r["step"], r["loss"], r["lr"], r.get("mse")) for r in cut] == [(r["step"], r["loss"], r["lr"], r.get("mse")) for r in whole]
@@ -266,11 +339,18 @@ def made_up(name, **changes):
     return results.ResultRow(**{**{f.name: kinds.get(getattr(f.type, "__name__", ""), None) for f in fields(results.ResultRow)}, "run": name, **changes})
 
 
+def append_many(table, letter):
+    for i in range(25): results.append_row(table, made_up(f"{letter}{i}"))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs fork")
 def test_two_processes_append_to_one_table(tmp_path):
-    program = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom test_experiments import made_up\nfrom erwin_nsa.train.results import append_row\n"
-               "for i in range(25): append_row(sys.argv[2], made_up(f'{sys.argv[3]}{i}'))\n")
-    both = [subprocess.Popen([sys.executable, "-c", program, str(Path(__file__).parent), str(tmp_path / "runs.csv"), letter], env=ENV) for letter in "ab"]
-    assert [p.wait(timeout=100) for p in both] == [0, 0]
+    "To a table without the newest columns, which one of the two has to write in."
+    old_table(tmp_path / "runs.csv")
+    both = [multiprocessing.get_context("fork").Process(target=append_many, args=(tmp_path / "runs.csv", letter)) for letter in "ab"]
+    for p in both: p.start()
+    for p in both: p.join(100)
+    assert [p.exitcode for p in both] == [0, 0]
     assert sorted(r.run for r in results.read_rows(tmp_path / "runs.csv")) == sorted(f"{letter}{i}" for letter in "ab" for i in range(25))
 
 
@@ -278,6 +358,77 @@ def test_rows_come_back_as_they_were_and_once(tmp_path):
     rows = [made_up("a", test_mse=.1 + .2, config='{"a": "b,\\"c\\""}'), made_up("b", peak_gib=1.25, command="line\nbreak")]
     for r in (*rows, rows[0]): results.append_row(tmp_path / "runs.csv", r)
     assert results.read_rows(tmp_path / "runs.csv") == rows
+
+
+NEWEST = ("forward_ms", "step_ms", "prepare_ms", "load_ms")
+
+
+def old_table(path, *rows):
+    "As it was written before the newest columns."
+    names = [f.name for f in fields(results.ResultRow) if f.name not in NEWEST]
+    with open(path, "w", newline="") as file: csv.writer(file, lineterminator="\n").writerows([names, *([results._text(getattr(r, n)) for n in names] for r in rows)])
+
+
+def test_tables_without_the_newest_columns_are_read_and_upgraded(tmp_path):
+    table, rows = tmp_path / "runs.csv", [made_up("a"), made_up("b", peak_gib=1.25)]
+    old_table(table, *rows)
+    before = table.read_bytes()
+    assert results.read_rows(table) == rows
+    assert not results.append_row(table, rows[0]) and table.read_bytes() == before   # nothing new, nothing touched
+    results.append_row(table, new := made_up("c", step_ms=2.5, load_ms=.125))
+    assert results.read_rows(table) == [*rows, new] and table.read_text().splitlines()[0].endswith(",".join(NEWEST))
+    assert [p.name for p in tmp_path.glob("*.csv")] == ["runs.csv"]
+
+
+@pytest.mark.parametrize("spoil", [lambda head: head[:-5], lambda head: [*head[:-4], "load_ms"], lambda head: [*head, "more"], lambda head: head[1:]])
+def test_tables_with_other_columns_are_refused(tmp_path, spoil):
+    table, head = tmp_path / "runs.csv", [f.name for f in fields(results.ResultRow)]
+    table.write_text(",".join(spoil(head)) + "\n")
+    before = table.read_bytes()
+    for use in (lambda: results.read_rows(table), lambda: results.append_row(table, made_up("a"))):
+        with pytest.raises(ValueError, match="of erwin_nsa.train.results.ResultRow"): use()
+    assert table.read_bytes() == before
+
+
+def test_times_are_printed_where_there_are_any():
+    plain = [made_up("a", experiment="cosmology", model="erwin")]
+    assert not set(results.TIMES) & set(results.result_table(plain)[0])
+    lines = results.result_table([*plain, made_up("b", experiment="cosmology", model="erwin_nsa", forward_ms=3.)])
+    assert [line["forward ms"] for line in lines] == ["-", "3"] and "step ms" not in lines[0]
+
+
+# comparisons
+
+def lease_rows():
+    "A table as a lease fills it, with invented numbers: 3 sets, 2 models, 3 seeds, and some variants of one seed."
+    row = lambda name, model, seed, variant="default", **more: made_up(f"{name}-{model}-{variant}-{seed}", experiment=name, model=model, seed=seed, variant=variant, size="lease", steps=3000, **more)
+    rows = [row(n, m, s, test_mse=.5 + .1 * s, test_nll=-1. + s if n == "molecular_dynamics" else None, steps_per_s=2., peak_gib=1.) for n, m in CASES for s in range(3)]
+    rows += [row("cosmology", "erwin_nsa", s, "selection_ball", test_mse=.3, steps_per_s=4., peak_gib=.5) for s in range(2)]
+    return rows + [row("molecular_dynamics", "erwin_nsa", 0, "k_8", test_mse=1.2, test_nll=1., device="another"), row("cosmology", "erwin", 0, "table_4", batch_size=16)]
+
+
+def test_variants_stand_beside_the_default_of_the_same_work():
+    ball, k_8 = results.compare_variants(lease_rows())         # table_4 has another batch size, and no default to stand beside
+    assert (ball.row.variant, ball.seeds, ball.default_seeds, ball.speed, ball.memory, ball.nll) == ("selection_ball", 2, 3, 2., .5, ())
+    assert ball.errors == pytest.approx((.5, .5)) and ball.band == pytest.approx((.5 / .6, .7 / .6))
+    assert (k_8.row.variant, k_8.seeds, k_8.speed, k_8.memory, k_8.nll) == ("k_8", 1, None, None, (1.,)) and k_8.errors == pytest.approx((2.,))
+
+
+def test_main_rows_are_the_largest_size_and_the_most_seeds():
+    smoke = [made_up("s", experiment="cosmology", size="smoke"), made_up("one", experiment="cosmology", size="lease", data_id="other")]
+    shown = results.main_rows([*smoke, *lease_rows()])
+    assert {n: len(g) for n, g in shown.items()} == {n: 6 for n in EXPERIMENTS} and {r.variant for g in shown.values() for r in g} == {"default"}
+
+
+def test_equal_seconds_end_with_the_faster_model():
+    rows = [r for r in lease_rows() if r.experiment == "cosmology" and r.variant == "default"]
+    ends = {r.run: (10. if r.model == "erwin" else 30.) + r.seed for r in rows}
+    curves = {run: [(1, end / 2, 1., .5), (2, end, 1., .25)] for run, end in ends.items()}
+    line, = results.equal_seconds(rows, curves)
+    assert (line["first"], line["seconds"], line["best"]) == ("erwin", 12., dict(erwin=[.25] * 3, erwin_nsa=[None] * 3))
+    curves = {run: [(1, 11., 1., .5), *curve[1:]] for run, curve in curves.items()}
+    assert results.equal_seconds(rows, curves)[0]["best"]["erwin_nsa"] == [.5] * 3
+    assert results.equal_seconds(rows, {}) == results.equal_seconds([r for r in rows if r.model == "erwin"], curves) == []
 
 
 def test_table_groups_seeds_and_names_the_data():

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 pytest.importorskip("plotly")
-from erwin_nsa.explore import live, panels, report, scenes
+from erwin_nsa.explore import attention, live, panels, report, scenes
+from erwin_nsa.explore.cloud import CloudState
+from erwin_nsa.explore.probe import Probe, ranked_balls
+from erwin_nsa.geometry.points import PointBatch
+from erwin_nsa.nn.config import ErwinNSAConfig
+from erwin_nsa.nn.erwin import Erwin, ErwinConfig
+from erwin_nsa.nn.model import ErwinNSA
 
 RNG = np.random.default_rng(0)
 N = 300
@@ -386,3 +392,176 @@ def test_growing_drawing_shows_the_same_curves_and_escapes_names():
     np.testing.assert_allclose(np.diff(heights), np.diff(heights)[0], atol=0.2)   # straight on a logarithmic axis
     texts = [e.text for e in tree.iter() if e.tag.endswith("text")]
     assert {"<b> & </b>", "loss [Pa]", "0.001", "1", "optimiser step"} <= set(texts)
+
+
+# ---------------------------------------------------------------- the attention explorer
+PLAIN = dict(c_in=8, c_hidden=16, depth=2, num_heads=4, num_kv_heads=2, local_ball_size=32, compressed_ball_size=8, num_selected_balls=3, mp_steps=0)
+
+
+def probe_of(points, seed=0, **changes):
+    torch.manual_seed(seed)
+    net = ErwinNSA(ErwinNSAConfig(**PLAIN | changes))
+    for p in net.parameters():
+        p.data += 0.3 * torch.randn_like(p)
+    return Probe(net, points)
+
+
+@pytest.fixture(scope="module")
+def looked_at():
+    "Two clouds, three models."
+    g = torch.Generator().manual_seed(0)
+    points = PointBatch.from_clouds([torch.rand(n, 3, generator=g) for n in (150, 90)], [torch.randn(n, 8, generator=g) for n in (150, 90)])
+    return attention.attention_data({"a": probe_of(points), "b": probe_of(points, 1, selection="ball", num_kv_heads=1), "local": probe_of(points, 2, branches=("local",))}, unit="m")
+
+
+STATES = [dict(branch=b, scale=s, head=h, point=p, layer=l) for b, s, h, p, l in
+          [("gated", "log", "mean", 3, -1), ("compressed", "linear", 2, 200, 0), ("selected", "log", 3, 149, 1), ("local", "linear", "mean", 150, 0)]]
+
+
+@pytest.mark.parametrize("state", STATES, ids=str)
+@pytest.mark.parametrize("other", ["", "b", "local"])
+def test_scene_holds_what_the_probe_says(looked_at, state, other):
+    state = attention.AttentionState(**state, other=other, show=2)
+    scenes_ = attention.scenes_of(looked_at, state)
+    assert len(scenes_) == 1 + bool(other) and len({s.limits for s in scenes_}) == 1
+    for scene, name in zip(scenes_, ("a", other)):
+        rows = looked_at.probes[name].rows(state.point, state.layer)
+        weights = rows.on_points(state.branch, state.head).numpy()
+        np.testing.assert_array_equal(scene.values, weights)
+        np.testing.assert_array_equal(scene.unread, weights == 0)
+        assert scene.limits[0] < scene.limits[1] and scene.shown.dtype == np.float32 and "[-]" in scene.label and name in scene.title
+        back = 10.0 ** scene.shown if state.scale == "log" else scene.shown
+        strong = weights > weights.max() * 1e-5
+        if weights.any(): np.testing.assert_allclose(back[strong], weights[strong], rtol=1e-4)
+        balls = ranked_balls(rows, state.head)[:2]
+        assert len(balls) == len(scene.radii) == len(scene.colours) == len(scene.names) == (0 if name == "local" else 2)
+        for ball, centre, radius in zip(balls, scene.centres, scene.radii):
+            apart = np.linalg.norm(looked_at.pos[ball.points] - centre, axis=1)
+            assert apart.max() == pytest.approx(radius, rel=1e-5)
+            np.testing.assert_allclose(looked_at.pos[ball.points].mean(0), centre, rtol=1e-5)
+        assert scene.highlight.tolist() == [state.point]
+        drawn = CloudState(**attention.cloud_fields(scene))
+        np.testing.assert_array_equal(drawn.values, weights)
+        np.testing.assert_allclose(np.log10(drawn.limits) if state.scale == "log" else drawn.limits, scene.limits, atol=1e-9)
+        assert len(drawn.spheres) == len(balls) and (drawn.spheres[:, 3] > 0).all()
+
+
+@pytest.mark.parametrize("model, head", [("a", "mean"), ("a", 0), ("a", 3), ("b", "mean"), ("b", 1)])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_mask_counts_what_every_query_selects(looked_at, model, head, layer):
+    probe = looked_at.probes[model]
+    mask = attention.mask_of(looked_at, attention.AttentionState(point=170, layer=layer, head=head, branch="selected", model=model))
+    R, first = 12, 160 // 8                                                               # the second cloud: 90 points from slot 160 on
+    counts, queries = np.zeros((R, R)), np.zeros(R)
+    for point in range(150, 240):
+        rows, kept = probe.rows(point, layer), probe.kept[layer]
+        slot = int(probe.inverse[point]) if kept.frame.perm_inverse is None else int(kept.frame.perm_inverse[probe.inverse[point]])
+        ball, key_heads = slot // 8 - first, range(len(rows.selected_balls)) if head == "mean" else [head * len(rows.selected_balls) // 4]
+        queries[ball] += 1
+        for h in key_heads:
+            for chosen in rows.selected_balls[h].tolist(): counts[ball, chosen - first] += 1 / len(key_heads)
+        if point == 170:
+            assert mask.row == ball
+            assert mask.columns.tolist() == sorted({b - first for h in key_heads for b in rows.selected_balls[h].tolist()})
+    np.testing.assert_allclose(mask.reads, counts / queries[:, None], atol=1e-6)
+    assert (mask.per, mask.size, mask.local_rows, mask.view) == (1, 8, 4, ("main", "rotated")[layer])
+
+
+def test_mask_of_other_branches_and_of_a_large_cloud(looked_at, monkeypatch):
+    look = lambda **changes: attention.mask_of(looked_at, attention.AttentionState(point=3, **changes))
+    blocks = np.arange(19) // 4
+    np.testing.assert_array_equal(look(branch="local").reads, blocks[:, None] == blocks)
+    assert (look(branch="compressed").reads == 1).all()
+    assert look(branch="gated", model="local").what == "shares a local ball"
+    none = look(branch="selected", model="local")
+    assert not none.reads.any() and none.what == "no selected branch"
+    whole = look(branch="selected")
+    monkeypatch.setattr(attention, "MASK_LIMIT", 7)
+    coarse = look(branch="selected")
+    assert coarse.per == 3 and coarse.reads.shape == (7, 7) and coarse.row == whole.row // 3
+    np.testing.assert_allclose(coarse.reads.sum(1), 3, rtol=1e-5)                         # k picks a query, however balls are grouped
+    full = np.zeros((21, 21)); full[:19, :19] = whole.reads
+    np.testing.assert_allclose(coarse.reads[0], full[:3].reshape(3, 7, 3).sum(2).mean(0), rtol=1e-5)
+    np.testing.assert_array_equal(np.diag(look(branch="local").reads), 1)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("other", ["", "b", "local"])
+def test_figures_of_the_light_views(looked_at, theme, other):
+    state = attention.AttentionState(point=3, other=other, head=1)
+    bars = attention.gates_figure(looked_at, state, theme)
+    assert len(bars.data) == 3 * (1 + bool(other))
+    gates = attention.gates_of(looked_at, state)
+    for trace, values in zip(bars.data, [g for m in gates.values() for g in m]): np.testing.assert_allclose(trace.y, values)
+    assert bars.data[0].marker.color[1].endswith(",1)") and bars.data[0].marker.color[0].endswith(",0.3)")
+    if other == "local": assert not gates["local"][:2].any() and gates["local"][2].all()
+    mask = attention.mask_figure(looked_at, state, theme)
+    assert [t.type for t in mask.data] == ["heatmap", "scatter"] * (1 + bool(other))
+    row = attention.mask_of(looked_at, state).row
+    assert mask.data[1].y[0] == row and any((s.y0, s.y1) == (row - 1, row + 1) for s in mask.layout.shapes)
+    histogram = attention.histogram_figure(looked_at, state, theme)
+    for trace, scene in zip(histogram.data, attention.scenes_of(looked_at, state), strict=True):
+        assert sum(trace.y) == (~scene.unread).sum() and f"{scene.unread.sum()} not" in trace.name
+    for fig in (bars, mask, histogram):
+        assert fig.layout.yaxis.title.text and len(fig.to_json()) < 1e5
+    pages = {t: attention.gates_figure(looked_at, state, t).to_json() for t in ("light", "dark")}
+    assert pages["light"] != pages["dark"]
+
+
+def test_table_and_csv(looked_at, tmp_path):
+    import csv
+    state = attention.AttentionState(point=160, head=2, other="local", branch="local")
+    rows = attention.table(looked_at, state)
+    assert {r["model"] for r in rows} == {"a", "local"}
+    mine = [r for r in rows if r["model"] == "a"]
+    answer = looked_at.probes["a"].rows(160)
+    assert len(mine) == 90 and [r["local"] for r in mine] == sorted((r["local"] for r in mine), reverse=True)
+    for branch in attention.VIEWS:
+        np.testing.assert_array_equal([r[branch] for r in mine], answer.on_points(branch, 2)[[r["point"] for r in mine]])
+    for ball in ranked_balls(answer, 2): assert {r["point"] for r in mine if r["ball_rank"] == ball.rank} == set(ball.points.tolist())
+    apart = np.linalg.norm(looked_at.pos[[r["point"] for r in mine]] - looked_at.pos[160], axis=1)
+    np.testing.assert_allclose([r["distance"] for r in mine], apart, rtol=1e-6)
+    assert len(attention.table(looked_at, state, top=5)) == 10
+    path = attention.write_csv(tmp_path / "deep" / "rows.csv", rows)
+    with path.open(newline="") as file: back = list(csv.DictReader(file))
+    assert tuple(back[0]) == attention.TABLE_COLUMNS and [float(r["gated"]) for r in back] == [r["gated"] for r in rows]
+
+
+def test_erwin_in_the_explorer(looked_at):
+    torch.manual_seed(0)
+    config = ErwinConfig(c_in=8, c_hidden=16, enc_depths=(1, 1), enc_num_heads=(2, 4), dec_depths=(1,), dec_num_heads=(2,), strides=(4,), ball_sizes=(16, 8), mp_steps=0)
+    g = torch.Generator().manual_seed(0)
+    points = PointBatch.from_clouds([torch.rand(n, 3, generator=g) for n in (150, 90)], [torch.randn(n, 8, generator=g) for n in (150, 90)])
+    data = attention.attention_data({"Erwin": Probe(Erwin(config), points), "Erwin NSA": looked_at.probes["a"]})
+    for layer in (0, 1, -1):
+        state = attention.AttentionState(point=200, layer=layer, other="Erwin NSA" if layer < 1 else "")
+        scene = attention.scenes_of(data, state)[0]
+        assert scene.values.sum() == pytest.approx(1) and not len(scene.radii)
+        mask = attention.mask_of(data, state)
+        np.testing.assert_array_equal(mask.reads, np.eye(len(mask.reads)))
+        assert mask.reads[mask.row, mask.row] == 1 and len(attention.mask_figure(data, state).data) == (4 if layer < 1 else 2)
+
+
+BAD_STATES = {
+    "all of it": (lambda d: attention.AttentionState(point=-1, layer=0.5, head="max", branch="all", show=-1, scale="root", model=1),
+                  "point=-1.*layer=0.5.*head='max'.*branch='all'.*show=-1.*scale='root'.*model=1"),
+    "point": (lambda d: attention.scenes_of(d, attention.AttentionState(point=240)), "0 to 239"),
+    "layer": (lambda d: attention.mask_of(d, attention.AttentionState(layer=2)), "of 2 blocks"),
+    "head": (lambda d: attention.gates_of(d, attention.AttentionState(head=4)), "0 to 3, or 'mean'"),
+    "model": (lambda d: attention.table(d, attention.AttentionState(model="c")), "one of a, b, local"),
+    "other": (lambda d: attention.mask_figure(d, attention.AttentionState(other="c")), "one of a, b, local"),
+    "theme": (lambda d: attention.histogram_figure(d, attention.AttentionState(), "sepia"), "light or dark"),
+    "no probes": (lambda d: attention.attention_data({}), "at least one Probe"),
+    "not a probe": (lambda d: attention.attention_data({"a": 3}), "at least one Probe"),
+    "no name": (lambda d: attention.attention_data({"": d.probes["a"]}), "not empty"),
+    "positions": (lambda d: attention.attention_data(d.probes, d.pos[1:]), "239 positions"),
+    "other cloud": (lambda d: attention.attention_data({"a": d.probes["a"], "c": probe_of(PointBatch.from_tensors(torch.rand(240, 3), x=torch.rand(240, 8)))}), "same batch"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STATES)
+def test_states_that_fit_nothing_are_refused_in_one_sentence(looked_at, case):
+    call, says = BAD_STATES[case]
+    with pytest.raises(ValueError, match=r"given: .*; needed: .*; do: ") as raised:
+        call(looked_at)
+    assert raised.match(says)

@@ -16,6 +16,7 @@ from erwin_nsa.data.store import (BatchOrder, CloudLoader, CloudSample, CloudSto
 from erwin_nsa.data.surfaces import SurfaceSample
 from erwin_nsa.geometry.balltree import BallTree
 from erwin_nsa.geometry.neighbours import knn_graph
+from erwin_nsa.geometry.partitions import OF_BONDS, PARTITIONS, partition_tree
 from erwin_nsa.geometry.points import PointBatch
 
 ABOUT = dict(generator="tests", parameters=dict(n=[1, 2]), seed=0, units=dict(pos="m"), licence="Apache-2.0")
@@ -273,6 +274,49 @@ def test_cache_forgets_the_least_recent(limit):
     off(a)
     off(a)
     assert len(off.kept) == off.nbytes == off.hits == 0
+
+
+def with_bonds(i, n):
+    """A cloud that is a chain, numbered out of order."""
+    order = np.random.default_rng(i).permutation(n)
+    return CloudSample(cloud(i, n, full=False).pos, None, None, f"chain {i}", edge_index=np.stack([order[:-1], order[1:]]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_trees_of_every_partition_come_from_the_loader(partition, workers):
+    """The joined trees are that partition of each cloud, bit by bit, read here or by a worker."""
+    chains = [with_bonds(i, n) for i, n in enumerate((40, 17))]
+    data = PreparedClouds(chains, Geometry(ball_sizes=(8, 4), partition=partition))
+    batch, = CloudLoader(data, BatchOrder(2, 2, shuffle=False), workers=workers)
+    points = PointBatch.from_clouds([c.pos for c in chains])
+    tree = partition_tree(points, partition, (8, 4), **dict(edge_index=batch.edge_index) if partition in OF_BONDS else {})
+    for key in ("order", "inverse", "perm", "perm_inverse", "mask"):
+        assert torch.equal(getattr(batch.tree, key), getattr(tree, key)), key
+    if partition == "ball_tree":
+        plain = BallTree.build(points, (8, 4))
+        assert torch.equal(batch.tree.perm, plain.perm) and torch.equal(batch.tree.order, plain.order)
+
+
+def test_bonds_are_part_of_the_key_where_they_are_read():
+    pos, bonds = cloud(0, 20, full=False).pos, with_bonds(1, 20).edge_index
+    for partition, misses in (("hilbert", 1), ("segments", 2)):
+        cache = GeometryCache(Geometry(ball_sizes=(4, 2), partition=partition))
+        a, b = cache(pos, bonds), cache(pos, bonds[:, :9])
+        assert cache.misses == misses and (a is b) == (misses == 1)
+
+
+@pytest.mark.parametrize("how, says", [(dict(partition="hilberd"), "one of ball_tree, hilbert"), (dict(partition="hilbert", layout="erwin"), "layout='full'"),
+                                       (dict(partition="morton", ball_sizes=None), "without ball_sizes")])
+def test_partitions_that_do_not_fit_are_refused(how, says):
+    with pytest.raises(ValueError, match=says): Geometry(**{"ball_sizes": (4, 2), **how})
+    for partition in OF_BONDS:
+        with pytest.raises(ValueError, match="a cloud without bonds"): PreparedClouds([cloud(0, 9, full=False)], Geometry(ball_sizes=(4, 2), partition=partition))[0]
+
+
+def test_loader_hands_each_batch_to_a_function(file):
+    loader = CloudLoader(PreparedClouds(CloudStore(file)), BatchOrder(7, 3), then=lambda batch: len(batch))
+    assert list(loader) == [3, 3, 1] and loader.order.epoch == 1
 
 
 # ---- batches

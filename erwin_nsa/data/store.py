@@ -262,7 +262,7 @@ def surface_cloud(
     if normalizer is not None: pos, p = normalizer.encode_pos(pos), normalizer.encode_pressure(p)
     return CloudSample(pos, sample.normal, p, sample.name)
 
-# %% ../../nbs/data/05_store.ipynb #2307d741
+# %% ../../nbs/data/05_store.ipynb #a0ed1935
 @dataclass(frozen=True, eq=False)
 class Prepared:
     "What is built from the positions of one cloud."
@@ -308,7 +308,8 @@ class Geometry:
 
     def _tree(self, points, bonds):
         if self.partition == "ball_tree": return BallTree.build(points, self.ball_sizes, self.rotate, self.layout)
-        if self.reads_bonds and bonds is None: refuse(f"partition={self.partition!r} for a cloud without bonds", "edge_index in the cloud", "choose a partition that follows positions")
+        if self.reads_bonds and bonds is None:
+            refuse(f"partition={self.partition!r} for a cloud without bonds", "edge_index in the cloud", "choose a partition that follows positions")
         options = dict(edge_index=torch.as_tensor(bonds)) if self.reads_bonds else {}
         return partition_tree(points, self.partition, self.ball_sizes, self.rotate, **options)
 

@@ -6,13 +6,14 @@
 __all__ = ['PLOTLY_MIME', 'COLOURS', 'use_small_output', 'figure_bundle', 'smooth', 'thin', 'loss_curves', 'loss_figure',
            'svg_ticks', 'loss_svg', 'LossPlot', 'checked_loss', 'notebook_running']
 
-# %% ../../nbs/explore/02_live.ipynb #ecb218df
+# %% ../../nbs/explore/02_live.ipynb #03b4be64
 import html
 import json
 import math
 import sys
 import time
 import numpy as np
+from scipy.signal import lfilter
 from .scenes import plotly_go
 
 # %% ../../nbs/explore/02_live.ipynb #b9b965da
@@ -30,18 +31,16 @@ def figure_bundle(
     "A figure as the one output type that JupyterLab draws without help."
     return {PLOTLY_MIME: json.loads(fig.to_json())}
 
-# %% ../../nbs/explore/02_live.ipynb #e30b8bb6
+# %% ../../nbs/explore/02_live.ipynb #357370a7
 def smooth(
     values, # (n,) numbers
     half_life:float=10., # records after which a value counts half
 )->np.ndarray: # (n,) running average
     "Exponential running average with the start corrected; raises ValueError for a half-life that is not positive."
     if half_life <= 0: raise ValueError(f"given: half_life={half_life}; needed: > 0; do this: pass the records that an average should span")
-    keep, total, weight, out = 0.5**(1/half_life), 0., 0., []
-    for v in values:
-        total, weight = keep*total + float(v), keep*weight + 1
-        out.append(total/weight)
-    return np.array(out)
+    v, decay = np.asarray(values, float), [1, -0.5**(1/half_life)]
+    if not len(v): return v
+    return lfilter([1], decay, v)/lfilter([1], decay, np.ones(len(v)))       # y_i = v_i + keep y_{i-1}, sums of losses over sums of weights
 
 def thin(
     steps, # (n,) steps, rising

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CHUNK_ELEMENTS', 'METHODS', 'knn_graph', 'radius_graph']
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #4e0d8a06
+# %% ../../nbs/geometry/02_neighbours.ipynb #7f9c3b39
 import math
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -175,13 +176,13 @@ def _self_edges(n:int, device)->tuple: # (source, target, distance), each (n,)
     own = torch.arange(n, device=device)
     return own, own, torch.full((n,), -1., dtype=torch.float64, device=device)
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #1c45da77
+# %% ../../nbs/geometry/02_neighbours.ipynb #a64c4e5e
 def knn_graph(
     pos:Tensor, # (N, D) positions [length unit of the data set]
     k:int, # neighbours of a point; with loop=True the point itself counts as one of them
-    batch:Tensor=None, # (N,) sorted int64 cloud ids; None means one cloud
+    batch:Tensor | None=None, # (N,) sorted int64 cloud ids; None means one cloud
     loop:bool=False, # whether a point is its own first neighbour
-    box=None, # periodic box: one length or D lengths [unit of pos]; None means open space
+    box:float | Sequence[float] | Tensor | None=None, # periodic box: one length or D lengths [unit of pos]; None means open space
     method:str="auto", # "auto", "kdtree" (scipy, on the host) or "torch" (blocks, on the device of pos)
 )->Tensor: # (2, E) int64: row 0 source, row 1 target; sorted by target, then distance, then source
     "Edges from the k nearest points of the same cloud (all there are, if fewer). Raises ValueError on bad input."
@@ -213,14 +214,14 @@ def _capped(found:tuple, cap:int, n:int)->tuple: # (source, target, distance) wi
                       f"pass max_neighbours=None to keep all or lower the radius", UserWarning, stacklevel=3)
     return source[kept], target[kept], dist[kept]
 
-# %% ../../nbs/geometry/02_neighbours.ipynb #26e45538
+# %% ../../nbs/geometry/02_neighbours.ipynb #37fab8a1
 def radius_graph(
     pos:Tensor, # (N, D) positions [length unit of the data set]
     radius:float, # largest distance of an edge, itself included [unit of pos]
-    batch:Tensor=None, # (N,) sorted int64 cloud ids; None means one cloud
+    batch:Tensor | None=None, # (N,) sorted int64 cloud ids; None means one cloud
     loop:bool=False, # whether every point also gets an edge from itself
-    box=None, # periodic box: one length or D lengths [unit of pos]; None means open space
-    max_neighbours:int=None, # keep this many nearest a point (itself included if loop) and warn; None keeps all
+    box:float | Sequence[float] | Tensor | None=None, # periodic box: one length or D lengths [unit of pos]; None means open space
+    max_neighbours:int | None=None, # keep this many nearest a point (itself included if loop) and warn; None keeps all
     method:str="auto", # "auto", "kdtree" (scipy, on the host) or "torch" (blocks, on the device of pos)
 )->Tensor: # (2, E) int64: row 0 source, row 1 target; sorted by target, then source
     "Edges from every point of the same cloud within the radius. Raises ValueError on bad input; warns when the cap drops edges."

@@ -211,14 +211,15 @@ def _with_second(
     perm = torch.stack([tree.perm[0], perm])
     return replace(tree, rotate=rotate, perm=perm, perm_inverse=perm.argsort(dim=-1))
 
-# %% ../../nbs/nn/10_erwin.ipynb #9f39c344
+# %% ../../nbs/nn/10_erwin.ipynb #6f0a0c1e
 def _main(points:PointBatch, config:ErwinConfig, main:BallTree | None, partition:str) -> BallTree: # main view of level 0
     if partition not in PARTITIONS: refuse(f"partition={partition!r}", f"one of {', '.join(PARTITIONS)}", "choose one of them; for an order of your own pass main=")
     if partition != "ball_tree" and config.layout != "full": refuse(f"partition={partition!r} with layout={config.layout!r}", "layout='full'", "change one of them")
     if main is None:
         if partition == "ball_tree": return BallTree.build(points, config.tree_ball_sizes, 0.0, config.layout)
         if partition in OF_BONDS:
-            refuse(f"partition={partition!r} without main", "a tree that knows the bonds", "pass main=partition_tree(points, ..., config.tree_ball_sizes, 0, edge_index=bonds)")
+            refuse(f"partition={partition!r} without main", "a tree that knows the bonds",
+                   "pass main=partition_tree(points, ..., config.tree_ball_sizes, 0, edge_index=bonds)")
         return partition_tree(points, partition, config.tree_ball_sizes, 0.0)
     built, wanted = (main.slots.sizes, main.slots.ball_sizes, main.layout, main.rotate), (points.sizes, config.tree_ball_sizes, config.layout, 0.0)
     if built != wanted: refuse(f"main with (points, ball sizes, layout, rotate) = {built}", f"{wanted}", "build it for these points with config.tree_ball_sizes and rotate=0")

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['EXPERIMENTS', 'MODELS', 'SIZES', 'VARIANTS', 'Experiment', 'Variant', 'preset', 'runs_of', 'changes_of', 'words_of',
-           'Parts', 'Chosen', 'find_data', 'open_parts', 'make_model', 'loss_of', 'batches_of', 'ready_batches',
-           'Measure', 'PeakMemory', 'batch_bytes', 'versions', 'folder_name', 'curve_of', 'load_best', 'summary',
-           'training_batches', 'run_experiment']
+           'Parts', 'Chosen', 'find_data', 'open_parts', 'make_model', 'loss_of', 'geometry_of', 'own_trees',
+           'batches_of', 'ready_batches', 'Measure', 'PeakMemory', 'batch_bytes', 'versions', 'median_ms', 'times_of',
+           'folder_name', 'curve_of', 'load_best', 'summary', 'training_batches', 'run_experiment']
 
-# %% ../../nbs/train/06_experiments.ipynb #5eedfac6
-import difflib, hashlib, json, platform, types, typing, uuid, zlib
+# %% ../../nbs/train/06_experiments.ipynb #b1c6fe1d
+import difflib, hashlib, json, platform, statistics, time, types, typing, uuid, zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
 
 import h5py, numpy as np, torch
@@ -25,9 +25,10 @@ from ..data.polymers import PUBLISHED, ChainErrors, ChainScale, ChainWindows, ch
 from ..data.sources import by_hand, data_root, find_source
 from ..data.store import BatchOrder, CloudLoader, CloudSample, CloudStore, Geometry, PreparedClouds, collate, replacing
 from ..data.surfaces import Normalizer, SurfaceSample, read_surfaces
+from ..geometry.partitions import OF_BONDS, PARTITIONS
 from ..geometry.points import refuse
 from ..nn.config import ErwinNSAConfig, as_published
-from ..nn.erwin import ErwinConfig, as_published_erwin
+from ..nn.erwin import ErwinConfig, as_published_erwin, build_trees
 from ..nn.fields import ChainModel, VelocityModel
 from ..nn.model import count_parameters
 from ..nn.tasks import SurfaceModel
@@ -35,9 +36,9 @@ from .checkpoint import CheckpointPlan, best_checkpoints, load_checkpoint
 from .fit import FitConfig, fit
 from .log import RunLog, Validation, read_log
 from .results import ResultRow, append_history, append_row
-from .step import mean_square, precision, shared_shapes, signature, to_device
+from .step import TrainStep, mean_square, precision, shared_shapes, signature, to_device
 
-# %% ../../nbs/train/06_experiments.ipynb #976f9d28
+# %% ../../nbs/train/06_experiments.ipynb #0dfb0588
 EXPERIMENTS, MODELS, SIZES = ("shapenet_car", "cosmology", "molecular_dynamics"), ("erwin_nsa", "erwin"), ("smoke", "lease", "paper")
 
 @dataclass(frozen=True)
@@ -60,13 +61,19 @@ class Experiment:
     workers:int # processes that read, where batches are streamed
     fit:FitConfig # how to train
     config:ErwinNSAConfig | ErwinConfig # the model
+    partition:str="ball_tree" # what puts points into balls, one of geometry.partitions.PARTITIONS
 
     def __post_init__(self):
-        for name, known in dict(experiment=EXPERIMENTS, model=MODELS, size=SIZES, variant=tuple(VARIANTS)).items(): _known(name, getattr(self, name), known)
+        for name, known in dict(experiment=EXPERIMENTS, model=MODELS, size=SIZES, variant=tuple(VARIANTS), partition=tuple(PARTITIONS)).items(): _known(name, getattr(self, name), known)
         for name in ("batch_size", "validate", "save"):
             if getattr(self, name) < 1: refuse(f"{name}={getattr(self, name)}", "at least 1", f"change {name}")
         if self.experiment == "molecular_dynamics" and self.points is not None:
             refuse(f"points={self.points} for chains", "whole chains: bonds hold their beads together", "leave points out")
+        if self.partition in OF_BONDS and self.experiment != "molecular_dynamics":
+            others = ", ".join(p for p in PARTITIONS if p not in OF_BONDS)
+            refuse(f"partition={self.partition} for {self.experiment}", "clouds with bonds, as in molecular_dynamics", f"choose one of {others}")
+        if self.partition != "ball_tree" and self.config.layout != "full":
+            refuse(f"partition={self.partition} with model.layout={self.config.layout}", "model.layout=full", "change one; variant=published has the published ball tree")
 
     @property
     def name(self)->str: # for a folder
@@ -81,6 +88,7 @@ class Experiment:
         tuples = lambda part: {k: tuple(v) if isinstance(v, list) else v for k, v in part.items()}
         return cls(**{**d, "fit": FitConfig(**tuples(d["fit"])), "config": kind(**tuples(d["config"]))})
 
+# %% ../../nbs/train/06_experiments.ipynb #51425086
 def _known(name, given, known): # refuse with the nearest known name
     if given in known: return
     near = difflib.get_close_matches(str(given), known, 1)
@@ -199,9 +207,9 @@ def _typed(cls, name, text, word): # value of a field; refuses unknown names and
     try: return _as_kind(text, hints[name])
     except ValueError: refuse(f"{word}={text}", f"{word} of type {getattr(hints[name], '__name__', hints[name])}", "change the value")
 
-# %% ../../nbs/train/06_experiments.ipynb #cb44789d
+# %% ../../nbs/train/06_experiments.ipynb #fe8c2270
 _NAMES = ("experiment", "model", "size", "variant", "seed") # words that choose a preset
-_OTHERS = ("data", "batch_size", "validate", "save", "points", "train_clouds", "val_clouds", "test_clouds", "stream", "workers")
+_OTHERS = ("data", "batch_size", "validate", "save", "points", "train_clouds", "val_clouds", "test_clouds", "stream", "workers", "partition")
 
 def _changed(e, words): # Experiment with words applied
     parts = {"fit": {}, "model": {}, "": {}}
@@ -224,12 +232,14 @@ def runs_of(
     if twice := [name for i, (name, _, _) in enumerate(pairs) if name in [p[0] for p in pairs[:i]]]: refuse(f"{twice[0]} twice", "each name once", "leave one out")
     given = {name: value for name, _, value in pairs}
     if "experiment" not in given: refuse("no experiment", f"experiment=NAME, one of {', '.join(EXPERIMENTS)}", "name one")
-    choices = [given.pop(name).split(",") if name in given else [None] for name in _NAMES]
+    several = (*_NAMES, "partition")
+    choices = [given.pop(name).split(",") if name in given else [None] for name in several]
     made = []
     for values in product(*choices):
-        chosen = {n: v for n, v in zip(_NAMES, values) if v is not None}
+        chosen = {n: v for n, v in zip(several, values) if v is not None}
         if "seed" in chosen: chosen["seed"] = _typed(Experiment, "seed", chosen["seed"], "seed")
-        made.append(_changed(preset(**chosen), given))
+        other = {"partition": chosen.pop("partition")} if "partition" in chosen else {}
+        made.append(_changed(preset(**chosen), other | given))
     return made
 
 def changes_of(e:Experiment)->list: # words, besides those that name the preset
@@ -353,7 +363,7 @@ def open_parts(e:Experiment)->Parts:
     "The data of a run. Raises `FileNotFoundError` or `ValueError` for data that are missing or mixed."
     return (_chain_parts if e.experiment == "molecular_dynamics" else _cloud_parts)(e, find_data(e))
 
-# %% ../../nbs/train/06_experiments.ipynb #024f1327
+# %% ../../nbs/train/06_experiments.ipynb #77bb5a61
 def make_model(e:Experiment)->nn.Module:
     "The model of a run, its weights drawn from the seed."
     torch.manual_seed(e.seed)
@@ -364,9 +374,24 @@ def loss_of(e:Experiment)->Callable: # of a model and a batch
 
 def _key(e): return "nll" if e.experiment == "molecular_dynamics" else "mse" # the error that chooses weights
 
+def geometry_of(e:Experiment)->Geometry:
+    "How graph and tree of a cloud are built: for Erwin no tree, which its model builds, or the main view of another partition."
+    c, tree = e.config, {}
+    if e.model == "erwin_nsa": tree = dict(ball_sizes=c.ball_sizes, rotate=c.rotate, layout=c.layout, partition=e.partition)
+    elif e.partition != "ball_tree": tree = dict(ball_sizes=c.tree_ball_sizes, rotate=0., partition=e.partition)
+    return Geometry(**_GRAPH[e.experiment], **tree)
+
+def own_trees(
+    e:Experiment,
+    batch, # CloudBatch as it was collated, on any device
+): # the batch with the tree that its model reads
+    "Let all levels of an Erwin follow from the main view of the partition; any other batch has what it needs."
+    if e.model == "erwin_nsa" or e.partition == "ball_tree": return batch
+    return replace(batch, tree=build_trees(batch.points, e.config, batch.tree, e.partition))
+
 def batches_of(e:Experiment, clouds:Sequence)->list: # CloudBatch objects in order
     "Clouds with their graphs, packed."
-    ready = PreparedClouds(clouds, _geometry(e), cache_bytes=0)
+    ready = PreparedClouds(clouds, geometry_of(e), cache_bytes=0)
     return [collate([ready[i] for i in range(a, min(a + e.batch_size, len(ready)))]) for a in range(0, len(ready), e.batch_size)]
 
 _READY = {} # (e, split, mode) -> batches of the last experiment: seeds of one preset share them
@@ -375,13 +400,11 @@ def ready_batches(e:Experiment, parts:Parts, split:str, model:nn.Module, mode:st
     "Batches of a split, made once for all seeds of a run."
     same = (parts.id, replace(e, seed=0, validate=1, save=1, fit=FitConfig(1)))
     for key in [k for k in _READY if k[0] != same]: del _READY[key]
-    if (same, split, mode) not in _READY: _READY[same, split, mode] = shared_shapes(model, batches_of(e, getattr(parts, split)), mode)
+    if (same, split, mode) not in _READY:
+        _READY[same, split, mode] = shared_shapes(model, [own_trees(e, b) for b in batches_of(e, getattr(parts, split))], mode)
     return _READY[same, split, mode]
 
-def _geometry(e): # how graph and tree are built
-    tree = dict(ball_sizes=e.config.ball_sizes, rotate=e.config.rotate, layout=e.config.layout) if e.model == "erwin_nsa" else {}
-    return Geometry(**_GRAPH[e.experiment], **tree)
-
+# %% ../../nbs/train/06_experiments.ipynb #0dd83838
 class Measure:
     "Errors of a model on clouds, without gradients and without recording or compiling anything."
     def __init__(self,
@@ -398,7 +421,7 @@ class Measure:
         if self.kept is None and self.keep: self.kept = [to_device(b, device) for b in ready_batches(self.e, self.parts, self.split, model)]
         if self.kept is not None: yield from self.kept; return
         for a in range(0, len(self.clouds), 64 * self.e.batch_size):
-            for b in batches_of(self.e, Chosen(self.clouds, range(a, min(a + 64 * self.e.batch_size, len(self.clouds))))): yield model.prepare(to_device(b, device))
+            for b in batches_of(self.e, Chosen(self.clouds, range(a, min(a + 64 * self.e.batch_size, len(self.clouds))))): yield model.prepare(own_trees(self.e, b.to(device)))
 
 # %% ../../nbs/train/06_experiments.ipynb #4451a76d
 def _errors(self, model, batches): # dict
@@ -466,7 +489,64 @@ def _start(e, folder, resume): # name of the run; its row if it is finished
     if was != here: refuse(f"{folder}, a run with {' '.join(sorted(was - here)) or 'presets'} where {' '.join(sorted(here - was)) or 'presets'} is asked for", "the same run", "use its words, or name another folder")
     return about["run"], ResultRow(**json.loads(done.read_text(encoding="utf-8"))) if done.exists() else None
 
-# %% ../../nbs/train/06_experiments.ipynb #e5fa2526
+# %% ../../nbs/train/06_experiments.ipynb #0c9e69df
+def median_ms(
+    run:Callable[[], object],
+    device:torch.device, # where its work is done
+    repeats:int, # timed calls, after some that are not
+)->float: # [ms]
+    "Median time of a call."
+    cuda, times = device.type == "cuda", []
+    for _ in range(3 if cuda else 1): run()
+    for _ in range(repeats):
+        if cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in "12")
+            torch.cuda.synchronize(device)
+            start.record(torch.cuda.current_stream(device)); run(); end.record(torch.cuda.current_stream(device))
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+        else:
+            begin = time.perf_counter(); run()
+            times.append(1e3 * (time.perf_counter() - begin))
+    return statistics.median(times)
+
+# %% ../../nbs/train/06_experiments.ipynb #85b3384e
+def _pass_times(e, model, batch, repeats): # forward, and forward with backward [ms]
+    device, step = next(model.parameters()).device, TrainStep(model, None, loss_of(e), mode="eager", numbers=e.fit.numbers)
+    training, kept = model.training, [(b, b.clone()) for b in model.buffers()]
+    def forward():
+        with torch.no_grad(), precision(e.fit.numbers, device): model(batch)
+    def both():
+        step._forward_backward(batch)
+        model.zero_grad(set_to_none=True)
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            model.eval()
+            alone = median_ms(forward, device, repeats)
+            model.train()
+            return alone, median_ms(both, device, repeats)
+    except torch.OutOfMemoryError: return None, None           # a recorded step may need less than an eager one
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        for buffer, before in kept: buffer.copy_(before)       # the running means of a batch norm
+
+def times_of(
+    e:Experiment,
+    parts:Parts,
+    model:nn.Module, # comes out as it went in
+    repeats:int | None=None, # timed calls of each part; None: 3 for smoke, else 10
+)->dict: # forward_ms, step_ms, prepare_ms, load_ms; None where the memory did not suffice
+    "Median times of the parts of a step."
+    repeats, device, cpu = repeats or (3 if e.size == "smoke" else 10), next(model.parameters()).device, torch.device("cpu")
+    rows, make = _spread(len(parts.train), 10), lambda clouds: model.prepare(own_trees(e, batches_of(e, clouds)[0]))
+    clouds, numbers = cycle([parts.train[i] for i in rows]), cycle(rows)
+    first = to_device(make([parts.train[i] for i in range(min(e.batch_size, len(parts.train)))]), device)
+    forward, step = _pass_times(e, model, first, repeats)
+    return dict(forward_ms=forward, step_ms=step, prepare_ms=median_ms(lambda: make([next(clouds)]), cpu, repeats),
+                load_ms=median_ms(lambda: parts.train[next(numbers)], cpu, repeats))
+
+# %% ../../nbs/train/06_experiments.ipynb #0f228246
 _SHOWN = ("data=", "validate=", "save=", "workers=", "stream=", "batch_size=", "points=", "fit.steps=", "fit.numbers=", "fit.mode=") # columns of their own, or without effect on the weights
 
 def folder_name(e:Experiment)->str: # such as cosmology-erwin-default-smoke-seed0
@@ -512,7 +592,7 @@ def _finish(e, parts, model, run, folder, rate, peak, world): # ResultRow
     row = ResultRow(run, e.experiment, parts.name, parts.id, e.model, _variant(e), e.size, e.seed, e.fit.steps, e.batch_size, f"{min(sizes)}-{max(sizes)}",
                     f"{len(parts.train)} {len(parts.val)} {len(parts.test)}", best_step, best, found["mse"], found["mse_physical"], parts.unit, found["zero_mse"], found.get("nll"),
                     found.get("nll_physical"), rate, peak, counted["total"], json.dumps(counted), curve_of(folder, "")[1], name, numbers, mode,
-                    json.dumps(versions()), json.dumps(e.to_dict()), "erwin-nsa train " + " ".join(words_of(e)))
+                    json.dumps(versions()), json.dumps(e.to_dict()), "erwin-nsa train " + " ".join(words_of(e)), **times_of(e, parts, model))
     with replacing(folder / "result.json") as temp: temp.write_text(json.dumps(asdict(row), indent=1) + "\n", encoding="utf-8")
     return row
 
@@ -522,12 +602,14 @@ def summary(row:ResultRow)->str: # to print
     return (f"{row.experiment}, {row.model}, {row.variant}, seed {row.seed} on {row.data}: test MSE {row.test_mse:.4g} (zero: {row.zero_mse:.4g}), {row.test_mse_physical:.4g} {row.unit}{likelihood}; "
             f"{row.steps} steps, {row.steps_per_s:.3g} steps/s, {row.parameters:,} parameters, {row.device}")
 
-# %% ../../nbs/train/06_experiments.ipynb #fab2c87b
+# %% ../../nbs/train/06_experiments.ipynb #af643dcd
 def training_batches(e:Experiment, parts:Parts, model:nn.Module, ranks:tuple=(0, 1)): # list of batches, or CloudLoader; ranks: (rank, world)
     "What `fit` reads."
     if not e.stream and ranks[1] == 1: return ready_batches(e, parts, "train", model, _where(e, next(model.parameters()).device)[2])
-    return CloudLoader(PreparedClouds(parts.train, _geometry(e)), BatchOrder(len(parts.train), e.batch_size, seed=e.seed, rank=ranks[0], world=ranks[1]), workers=e.workers,
-                       pin_memory=True)
+    device, then = next(model.parameters()).device, None
+    if e.model == "erwin" and e.partition != "ball_tree": then = lambda batch: model.prepare(own_trees(e, batch.to(device, non_blocking=True)))
+    order = BatchOrder(len(parts.train), e.batch_size, seed=e.seed, rank=ranks[0], world=ranks[1])
+    return CloudLoader(PreparedClouds(parts.train, geometry_of(e)), order, workers=e.workers, pin_memory=True, then=then)
 
 def run_experiment(
     e:Experiment,
