@@ -408,7 +408,7 @@ def _stepped(self, step, loss): # a loss is known
 
 TrainingMonitor._train, TrainingMonitor._validation, TrainingMonitor._look, TrainingMonitor._stepped = _train, _validation, _look, _stepped
 
-# %% ../../nbs/explore/08_monitor.ipynb #93657721
+# %% ../../nbs/explore/08_monitor.ipynb #72cbfc32
 def _held(self): return self.borrowers > 0 or self.holding and not self.stopping
 
 def _rest(self): # in the training thread, between two steps
@@ -429,6 +429,9 @@ def _leave(self): # the interpreter ends: as far as it is possible, leave a chec
     self.stop()
     self.thread.join(10)
 
+TrainingMonitor._held, TrainingMonitor._rest, TrainingMonitor._saved, TrainingMonitor._leave = _held, _rest, _saved, _leave
+
+# %% ../../nbs/explore/08_monitor.ipynb #b22e7b3b
 def _pause(self) -> None:
     "Wait after the running step until `go_on`."
     with self.turn: self.holding = True
@@ -450,7 +453,6 @@ def _stop(self) -> None:
         self.stopping, self.state.phase = True, self.state.phase if self.state.phase == "paused" else "stopping"
         self.turn.notify_all()
 
-TrainingMonitor._held, TrainingMonitor._rest, TrainingMonitor._saved, TrainingMonitor._leave = _held, _rest, _saved, _leave
 TrainingMonitor.pause, TrainingMonitor.go_on, TrainingMonitor.stop = _pause, _go_on, _stop
 
 # %% ../../nbs/explore/08_monitor.ipynb #45f6c8d6

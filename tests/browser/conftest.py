@@ -1,4 +1,5 @@
 """Chromium for the browser tests, driven by Playwright, and a JupyterLab of their own. Without either, one line says what is missing."""
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,14 +10,20 @@ sys.path.insert(0, str(Path(__file__).parent))                      # for pages.
 from pages import ARGS, chromium_path, pixels, settle               # the last two for tests that take them from here
 
 
+def missing() -> str: # what the tests lack here, or ""
+    if importlib.util.find_spec("playwright") is None: return 'no browser tests: the package playwright is missing; pip install "erwin_nsa[browser]"'
+    return "" if chromium_path() else "no browser tests: there is no chromium or google-chrome on PATH; apt install chromium"
+
+
+def pytest_collection_modifyitems(items):
+    if not (reason := missing()): return
+    for item in items:
+        if Path(__file__).parent in item.path.parents: item.add_marker(pytest.mark.skip(reason=reason))   # one line a file in the summary
+
+
 @pytest.fixture(scope="session")
 def chromium():
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip('no browser tests: the package playwright is missing; pip install "erwin_nsa[browser]"')
-    if chromium_path() is None:
-        pytest.skip("no browser tests: there is no chromium or google-chrome on PATH; apt install chromium")
+    from playwright.sync_api import sync_playwright
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium_path(), args=ARGS)
         yield browser

@@ -395,7 +395,7 @@ function make(parent, tag, name, text = "") {
 
 class View {
   constructor(model, el) {
-    Object.assign(this, { model, dirty: new Set(), hover: null, pointers: new Map(), frames: 0, ratio: 1, ended: new AbortController() });
+    Object.assign(this, { model, dirty: new Set(), hover: null, pointers: new Map(), frames: 0, ratio: 1, size: [300, 150], ended: new AbortController() });
     this.layOut(el);
     for (const [group, names] of Object.entries(GROUPS)) for (const name of names) this.listen(`change:${name}`, () => this.request(group));
     this.listen("msg:custom", (message) => { if (message?.kind === "screenshot") this.sendPicture(message.name); });
@@ -565,7 +565,7 @@ class View {
     const [width, height] = [clientWidth, clientHeight].map((length) => Math.round(length * ratio));
     if (!width || !height) return;
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
-    this.ratio = ratio;
+    Object.assign(this, { ratio, size: [clientWidth, clientHeight] });
     this.foot.classList.toggle("narrow", clientWidth < 520);
   }
 
@@ -667,9 +667,8 @@ class View {
   }
 
   aim() {
-    const { clientWidth, clientHeight } = this.stage;
     const frame = cameraFrame(this.model.get("camera"), this.model.get("up"));
-    return { frame, lens: lensOf(frame, this.bounds, Math.max(1, clientWidth), Math.max(1, clientHeight)) };
+    return { frame, lens: lensOf(frame, this.bounds, ...this.size) };
   }
 
   draw() {
@@ -792,12 +791,12 @@ class View {
 
   key(event) {
     if (!this.ready() || event.ctrlKey || event.metaKey || event.altKey) return;
-    const { clientWidth, clientHeight } = this.stage, go = (across, down) => (event.shiftKey ? this.move(24 * across, 24 * down) : this.turn(0.1 * across, 0.1 * down));
+    const [width, height] = this.size, go = (across, down) => (event.shiftKey ? this.move(24 * across, 24 * down) : this.turn(0.1 * across, 0.1 * down));
     const acts = {
       ArrowLeft: () => go(-1, 0), ArrowRight: () => go(1, 0), ArrowUp: () => go(0, -1), ArrowDown: () => go(0, 1),
       "+": () => this.zoom(0.87), "=": () => this.zoom(0.87), "-": () => this.zoom(1.15), "_": () => this.zoom(1.15),
       r: () => this.reset(), R: () => this.reset(),
-      Enter: () => this.pick(clientWidth / 2, clientHeight / 2), Escape: () => this.set("picked", -1),
+      Enter: () => this.pick(width / 2, height / 2), Escape: () => this.set("picked", -1),
     };
     if (!acts[event.key]) return;
     event.preventDefault(); event.stopPropagation(); // JupyterLab has keys of its own
