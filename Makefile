@@ -35,8 +35,8 @@ demo: env ## Run the tour without a browser and write out/tour.html and out/metr
 	@echo "demo: running nbs/tour.ipynb, usually 3 to 6 minutes on two cores"
 	@$(BIN)/python .ci/demo.py
 
-test: env ## Check that exports are current, run every notebook, then pytest (5 to 10 minutes on two cores)
-	@echo "test: exports, notebooks, pytest; usually 5 to 10 minutes on two cores"
+test: env ## Check that exports are current, run every notebook, then pytest (10 to 20 minutes on two cores)
+	@echo "test: exports, notebooks, pytest; usually 10 to 20 minutes on two cores"
 	@$(BIN)/python .ci/test.py
 
 test-browser: ## Run the explorers in Chromium and JupyterLab (2 minutes; needs chromium or google-chrome on PATH, else the tests are skipped)
